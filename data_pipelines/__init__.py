@@ -1,0 +1,1 @@
+"""Records to packs: the data side. Imports nothing from nemovl_train."""

@@ -1,0 +1,292 @@
+"""Every option of a run, as frozen dataclasses. Importable without torch or megatron-core.
+
+Hydra merges a recipe into `RunConfig` or `ScheduleConfig`; `validate.py` then checks ranges and combinations.
+"""
+
+from dataclasses import dataclass, field
+
+from data_pipelines.config import DataConfig
+
+PARTS = ("vision", "projector", "language")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageConfig:
+    """Hybrid Mamba-2 / attention language model (Nemotron Nano 2, arXiv 2508.14444).
+
+    Attributes:
+        hybrid_pattern: One character a layer: `M` Mamba-2, `-` MLP, `*` attention.
+        head_dim: Width of an attention head.
+        mamba_num_groups: Groups that share B and C; also the groups of the gated norm.
+        vocab_size: Rows of embedding and head as stored, padding included.
+        base_vocab_size: Rows of the text-only model before the media tags were added.
+        position: `none` (order comes from the Mamba layers) or `rope`.
+    """
+
+    hidden_size: int = 5120
+    hybrid_pattern: str = "M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M-"
+    num_attention_heads: int = 40
+    num_query_groups: int = 8
+    head_dim: int = 128
+    ffn_hidden_size: int = 20480
+    mamba_num_heads: int = 128
+    mamba_head_dim: int = 80
+    mamba_state_dim: int = 128
+    mamba_num_groups: int = 8
+    conv_kernel: int = 4
+    chunk_size: int = 128
+    norm_eps: float = 1e-5
+    activation: str = "squared_relu"
+    position: str = "none"
+    rope_theta: float = 500000.0
+    max_position: int = 131072
+    vocab_size: int = 132096
+    base_vocab_size: int = 131072
+    init_std: float = 0.02
+
+    @property
+    def num_layers(self) -> int:
+        """Layers, one per pattern character."""
+        return len(self.hybrid_pattern)
+
+    @property
+    def mamba_inner_size(self) -> int:
+        """Width of z and x in a Mamba layer."""
+        return self.mamba_num_heads * self.mamba_head_dim
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """RADIO vision transformer (C-RADIOv2, arXiv 2412.07679).
+
+    Attributes:
+        tile_size: Side of an input tile in pixels.
+        max_resolution: Side in pixels that the learned position grid covers.
+        prefix_tokens: Summary and register tokens in front of the patches; read from the weights.
+        activation: `gelu` (exact) or `gelu_tanh` (megatron-core's fast form).
+        position_mode: `eval` crops the position grid as at inference; `random` takes a random crop while training.
+        norm_mean: Mean of RGB in [0, 1] that pixels are normalised with.
+        norm_std: Standard deviation likewise.
+    """
+
+    num_layers: int = 32
+    hidden_size: int = 1280
+    num_attention_heads: int = 16
+    ffn_hidden_size: int = 5120
+    patch_size: int = 16
+    tile_size: int = 512
+    max_resolution: int = 2048
+    prefix_tokens: int = 16
+    norm_eps: float = 1e-6
+    activation: str = "gelu"
+    position_mode: str = "eval"
+    norm_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    norm_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+
+    @property
+    def position_grid(self) -> int:
+        """Rows (and columns) of the learned position grid."""
+        return self.max_resolution // self.patch_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectorConfig:
+    """RMSNorm, linear, squared ReLU, linear; no biases."""
+
+    ffn_hidden_size: int = 20480
+    norm_eps: float = 1e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenIds:
+    """Ids that the model, not only the tokenizer, has to know."""
+
+    image: int = 131072
+    image_start: int = 131073
+    image_end: int = 131074
+    video: int = 131081
+    pad: int = 0
+    bos: int = 1
+    eos: int = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Sizes of the three parts. The values of a released model are data in `configs/model/`."""
+
+    name: str = "nano_12b_v2_vl"
+    language: LanguageConfig = field(default_factory=LanguageConfig)
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+    tokens: TokenIds = field(default_factory=TokenIds)
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Visual tokens of one tile: patches after the 2 x 2 pixel shuffle."""
+        return (self.vision.tile_size // self.vision.patch_size // 2) ** 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """Sizes of the language model's parallel axes; data parallel is what remains of the processes."""
+
+    tp: int = 1
+    cp: int = 1
+    sequence_parallel: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionConfig:
+    """Number formats.
+
+    Attributes:
+        params: `fp32` or `bf16`.
+        backend: `te` (Transformer Engine and mamba-ssm on CUDA), `torch` (plain PyTorch, any device), `auto`.
+    """
+
+    params: str = "fp32"
+    backend: str = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW with linear warm-up and cosine decay.
+
+    Attributes:
+        lr: Peak learning rate.
+        min_lr: Learning rate at the end of the cosine.
+        warmup_fraction: Share of the run's steps that warm up linearly.
+        weight_decay: Decoupled decay of matrices; vectors (norms, biases, A_log, D, dt_bias) have none.
+        clip_grad: Largest global gradient norm.
+        loss_divisor: `global` divides by the step's weight sum; `pack` gives every pack with supervision equal weight.
+        distributed: Shard optimizer state over data parallel ranks (megatron-core's distributed optimizer).
+    """
+
+    lr: float = 2e-5
+    min_lr: float = 0.0
+    warmup_fraction: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.05
+    clip_grad: float = 1.0
+    loss_divisor: str = "global"
+    distributed: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """Length of a run and what it trains.
+
+    Attributes:
+        steps: Optimiser steps.
+        global_batch: Packs of one step over all ranks.
+        train: Parts with gradients; the others stay bit-identical and hold no optimizer state.
+        seed: Seed of data order, initial weights and every keyed random choice.
+        max_bad_steps: Steps with a non-finite loss or gradient norm that are skipped before the run stops.
+        init_from: Checkpoint folder (or run stage) whose weights the run starts from; random weights when None.
+        threads: PyTorch threads of a CPU process; 0 keeps PyTorch's choice.
+    """
+
+    steps: int = 100
+    global_batch: int = 128
+    train: tuple[str, ...] = PARTS
+    seed: int = 1234
+    max_bad_steps: int = 10
+    init_from: str | None = None
+    threads: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When to save and what to keep."""
+
+    every_steps: int = 100
+    keep_last: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Held-out evaluation at the end of a stage.
+
+    Attributes:
+        sources: Dataset folders by name; split `split` of each is read once.
+        split: Name of the held-out split.
+        max_samples: Most samples of each source.
+        predictions: Greedy answers written out per source, for the report.
+    """
+
+    sources: dict[str, str] = field(default_factory=dict)
+    split: str = "heldout"
+    max_samples: int = 200
+    predictions: int = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """Console and files. Metrics always go to `metrics.jsonl`."""
+
+    every_steps: int = 10
+    progress: bool = True
+    tensorboard: bool = False
+    wandb: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSection:
+    """Where a run lives: `root/name/stage`, fixed by the recipe so that a restart finds it again."""
+
+    name: str = "run"
+    stage: str = "train"
+    root: str = "runs"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One stage or fine-tune."""
+
+    run: RunSection = field(default_factory=RunSection)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvalConfig = field(default_factory=EvalConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """One entry of a schedule: a recipe, and what to change in it."""
+
+    recipe: str = ""
+    overrides: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartsConfig:
+    """The two pretrained parts that a schedule starts from, as Hugging Face folders.
+
+    Attributes:
+        language: Folder of the text-only language model.
+        vision: Folder of the vision tower.
+        make: `tiny` makes both first when they are missing; `none` expects them.
+    """
+
+    language: str = ""
+    vision: str = ""
+    make: str = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """A chain of stages, each starting from the weights of the one before."""
+
+    run: RunSection = field(default_factory=RunSection)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parts: PartsConfig = field(default_factory=PartsConfig)
+    stages: tuple[StageConfig, ...] = ()
+    demo_data: str = ""
+    export: bool = True
