@@ -64,7 +64,6 @@ class VisionConfig:
         max_resolution: Side in pixels that the learned position grid covers.
         prefix_tokens: Summary and register tokens in front of the patches; read from the weights.
         activation: `gelu` (exact) or `gelu_tanh` (megatron-core's fast form).
-        position_mode: `eval` crops the position grid as at inference; `random` takes a random crop while training.
         norm_mean: Mean of RGB in [0, 1] that pixels are normalised with.
         norm_std: Standard deviation likewise.
     """
@@ -79,7 +78,6 @@ class VisionConfig:
     prefix_tokens: int = 16
     norm_eps: float = 1e-6
     activation: str = "gelu"
-    position_mode: str = "eval"
     norm_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     norm_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 
@@ -112,9 +110,14 @@ class TokenIds:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Sizes of the three parts. The values of a released model are data in `configs/model/`."""
+    """Sizes of the three parts. The values of a released model are data in `configs/model/`.
+
+    Attributes:
+        parts: Parts that exist; a text-only language model has just `language`.
+    """
 
     name: str = "nano_12b_v2_vl"
+    parts: tuple[str, ...] = PARTS
     language: LanguageConfig = field(default_factory=LanguageConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
@@ -212,12 +215,14 @@ class EvalConfig:
     Attributes:
         sources: Dataset folders by name; split `split` of each is read once.
         split: Name of the held-out split.
+        seq_length: Tokens of an evaluation pack; longer samples are left out and counted.
         max_samples: Most samples of each source.
         predictions: Greedy answers written out per source, for the report.
     """
 
     sources: dict[str, str] = field(default_factory=dict)
     split: str = "heldout"
+    seq_length: int = 16384
     max_samples: int = 200
     predictions: int = 4
 
@@ -282,11 +287,16 @@ class PartsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """A chain of stages, each starting from the weights of the one before."""
+    """A chain of stages, each starting from the weights of the one before.
+
+    Attributes:
+        seed: Seed of demo data, of made parts and of the new projector.
+        export: Write the last stage as a Hugging Face folder, verify it and write the report.
+    """
 
     run: RunSection = field(default_factory=RunSection)
     model: ModelConfig = field(default_factory=ModelConfig)
     parts: PartsConfig = field(default_factory=PartsConfig)
     stages: tuple[StageConfig, ...] = ()
-    demo_data: str = ""
+    seed: int = 1234
     export: bool = True

@@ -1,0 +1,121 @@
+"""One manifest row per sample: all that planning needs to know without opening a shard."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import pyarrow as pa
+
+from data_pipelines.exceptions import DataError
+from data_pipelines.media import image, video
+from data_pipelines.media.rules import MediaShape, RenderRules, lay_out
+from data_pipelines.schema import IGNORE_LABEL, MediaItem, media_items
+from data_pipelines.template import encode_record
+from data_pipelines.tokenizer import TextTokenizer
+
+_MEDIA_TYPE = pa.struct(
+    [
+        ("member", pa.string()),
+        ("kind", pa.string()),
+        ("offset", pa.int64()),
+        ("size", pa.int64()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("fps", pa.float64()),
+        ("frames", pa.int32()),
+        ("tiles", pa.int32()),
+    ]
+)
+MANIFEST_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("shard", pa.int32()),
+        ("json_offset", pa.int64()),
+        ("json_size", pa.int64()),
+        ("media", pa.list_(_MEDIA_TYPE)),
+        ("tiles", pa.int32()),
+        ("text_tokens", pa.int32()),
+        ("supervised_tokens", pa.int32()),
+        ("total_tokens", pa.int32()),
+        ("sha256", pa.string()),
+    ]
+)
+"""`text_tokens` counts everything but the visual features; `sha256` covers the JSON and then each medium."""
+
+
+def record_bytes(record: Mapping[str, Any]) -> bytes:
+    """The one way a record is written as JSON: sorted keys, UTF-8, no spaces.
+
+    Raises:
+        DataError: It holds a value that JSON has no form for.
+    """
+    try:
+        text = json.dumps(record, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"record {record['id']!r} cannot be written as JSON: {error}") from error
+    return text.encode()
+
+
+def describe(
+    record: Mapping[str, Any], media: Mapping[str, bytes], rules: RenderRules, tokenizer: TextTokenizer
+) -> dict[str, Any]:
+    """Manifest row of one valid record, without its place in a shard.
+
+    Sizes come from the media themselves: an image's header is always read, a video's metadata are taken from the record
+    and read from the file only where incomplete.
+
+    Raises:
+        DataError: Media missing or unused, unreadable header, or a record that the template refuses.
+    """
+    items = list(media_items(record))
+    _check_members(record["id"], items, media)
+    sha = hashlib.sha256(record_bytes(record))
+    rows, layouts = [], []
+    for item in items:
+        data = media[item.member]
+        sha.update(data)
+        try:
+            shape = media_shape(item, data)
+        except DataError as error:
+            raise DataError(f"record {record['id']!r}, {item.kind} {item.member!r}: {error}") from error
+        layout = lay_out(shape, rules, max_tiles=rules.max_tiles, max_frames=rules.max_frames)
+        layouts.append(layout)
+        rows.append({"member": item.member, "tiles": layout.tiles, **asdict(shape)})
+    encoded = encode_record(record, layouts, tokenizer, tokens_per_tile=rules.tokens_per_tile)
+    tiles = len(encoded.tile_start)
+    return {
+        "key": record["id"],
+        "media": rows,
+        "tiles": tiles,
+        "text_tokens": len(encoded.input_ids) - tiles * rules.tokens_per_tile,
+        "supervised_tokens": int((encoded.labels != IGNORE_LABEL).sum()),
+        "total_tokens": len(encoded.input_ids),
+        "sha256": sha.hexdigest(),
+    }
+
+
+def _check_members(key: str, items: list[MediaItem], media: Mapping[str, bytes]) -> None:
+    named = [item.member for item in items]
+    if len(set(named)) < len(named):
+        raise DataError(f"record {key!r}: a medium is used twice in {named}; store it under two names")
+    if set(named) != set(media):
+        raise DataError(f"record {key!r}: messages name the media {sorted(named)}, but {sorted(media)} are given")
+
+
+def media_shape(item: MediaItem, data: bytes) -> MediaShape:
+    if item.kind == "image":
+        width, height = image.image_size(data)
+        return MediaShape("image", width, height)
+    names = ("video_width", "video_height", "video_fps", "video_num_frames")
+    if any(item.metadata.get(name) is None for name in names):
+        return video.probe(data)
+    width, height, fps, frames = (item.metadata[name] for name in names)
+    video.check_rate(float(fps), int(frames))
+    return MediaShape("video", int(width), int(height), float(fps), int(frames))
+
+
+def stored_shapes(row: Mapping[str, Any]) -> tuple[MediaShape, ...]:
+    """Media sizes of a manifest row, in record order."""
+    return tuple(MediaShape(m["kind"], m["width"], m["height"], m["fps"], m["frames"]) for m in row["media"])

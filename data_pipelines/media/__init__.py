@@ -1,0 +1,1 @@
+"""Pixels: how many tiles and frames (rules), and the tiles themselves (image, video)."""

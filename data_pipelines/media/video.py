@@ -1,0 +1,97 @@
+"""Videos to frames, one tile each, with PyAV (imported on first use: only video data needs it).
+
+Shape legend: T frames, P tile side.
+"""
+
+import io
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_pipelines.exceptions import DataError
+from data_pipelines.media.image import MAX_PIXELS, resize
+from data_pipelines.media.rules import MediaShape
+
+MAX_FPS = 1000.0
+"""Time stamps count whole milliseconds a frame, so a faster clip has none."""
+
+
+def check_rate(fps: float, frames: int) -> None:
+    """Refuse a rate or count that no frame can be chosen by.
+
+    Raises:
+        DataError: `fps` not in (0, 1000], or no frames.
+    """
+    if not (math.isfinite(fps) and 0 < fps <= MAX_FPS and frames > 0):
+        raise DataError(f"video with {frames} frames at {fps} frames per second cannot be sampled")
+
+
+def probe(data: bytes) -> MediaShape:
+    """Size, rate and number of frames; frames are counted by decoding, since headers are often wrong.
+
+    Raises:
+        DataError: No decodable video stream.
+    """
+    with _container(data) as container:
+        stream = container.streams.video[0]
+        fps = float(stream.average_rate or 0)
+        frames = sum(1 for _ in _decoded(container, stream))
+        check_rate(fps, frames)
+        return MediaShape("video", stream.codec_context.width, stream.codec_context.height, fps, frames)
+
+
+def video_tiles(data: bytes, indices: Sequence[int], tile_size: int) -> torch.Tensor:
+    """Decode the frames `indices` (rising), each resized to one tile without keeping its aspect ratio.
+
+    Returns:
+        [T, 3, P, P] uint8.
+
+    Raises:
+        DataError: The stream is damaged or ends before the last frame asked for.
+    """
+    wanted = iter(indices)
+    target: int | None = next(wanted, None)
+    tiles: list[torch.Tensor] = []
+    with _container(data) as container:
+        stream = container.streams.video[0]
+        for number, frame in enumerate(_decoded(container, stream)):
+            if number != target:
+                continue
+            if frame.width * frame.height > MAX_PIXELS:
+                raise DataError(f"video frame of {frame.width}x{frame.height} pixels is too large")
+            pixels = np.ascontiguousarray(frame.to_ndarray(format="rgb24"))
+            tile = resize(torch.from_numpy(pixels), tile_size, tile_size)
+            while target == number:
+                tiles.append(tile)
+                target = next(wanted, None)
+            if target is None:
+                break
+    if len(tiles) != len(indices):
+        raise DataError(f"video ends after {len(tiles)} of the {len(indices)} frames that its metadata promise")
+    return torch.stack(tiles)
+
+
+def _container(data: bytes) -> Any:
+    import av
+
+    try:
+        container = av.open(io.BytesIO(data), mode="r")
+    except (av.error.FFmpegError, ValueError) as error:
+        raise DataError(f"video cannot be opened: {error}") from error
+    if not container.streams.video:
+        container.close()
+        raise DataError("file has no video stream")
+    return container
+
+
+def _decoded(container: Any, stream: Any) -> Iterator[Any]:
+    import av
+
+    stream.thread_count = 1  # workers are the parallelism; more threads in each only fight for the cores
+    try:
+        yield from container.decode(stream)
+    except (av.error.FFmpegError, ValueError) as error:
+        raise DataError(f"video is damaged: {error}") from error

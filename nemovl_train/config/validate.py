@@ -1,0 +1,281 @@
+"""Ranges and combinations that types cannot express. Every check yields sentences; nothing stops at the first.
+
+A sentence starts with `key=value`, says what is allowed, and names the nearest legal value where there is one.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+
+from data_pipelines.config import LOSS_MODES, LOSS_UNITS, PACKING_MODES
+from nemovl_train.config.nearest import did_you_mean, nearest_multiples
+from nemovl_train.config.schema import PARTS, RunConfig, RunSection, ScheduleConfig, VisionConfig
+from nemovl_train.parallel.legality import layout_problems
+
+ACTIVATIONS = ("squared_relu", "swiglu")
+POSITIONS = ("none", "rope")
+VISION_ACTIVATIONS = ("gelu", "gelu_tanh")
+PARAMS = ("fp32", "bf16")
+BACKENDS = ("auto", "te", "torch")
+DIVISORS = ("global", "pack")
+MAKERS = ("none", "tiny")
+PIXEL_SHUFFLE = 2
+"""Patches on a side that the projector joins into one token."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def validate_run(config: RunConfig, *, world_size: int | None = None) -> list[str]:
+    """Problems of one stage.
+
+    Args:
+        config: A complete config.
+        world_size: Processes of the run; combinations that need it are skipped when None.
+    """
+    problems = [
+        *_run_section(config.run),
+        *_language(config),
+        *_tokens(config),
+        *_data(config),
+        *_precision_and_optim(config),
+        *_trainer(config),
+        *_rest(config),
+        *_layout(config),
+    ]
+    if "vision" in config.model.parts:
+        problems += _vision(config.model.vision)
+        problems += _tiles(config)
+    if world_size is not None:
+        problems += world_problems(config, world_size)
+    return problems
+
+
+def world_problems(config: RunConfig, world_size: int) -> list[str]:
+    """Problems of running a config on this many processes."""
+    if world_size < 1:
+        return [f"{world_size} processes: at least 1"]
+    problems = layout_problems(config.parallel, world_size)
+    group = config.parallel.tp * config.parallel.cp
+    if problems or world_size // group <= config.trainer.global_batch:
+        return problems
+    dp = world_size // group
+    return [
+        f"trainer.global_batch={config.trainer.global_batch}: {dp} data parallel ranks would share it, some would "
+        f"never see data; use at least {dp}, or at most {config.trainer.global_batch * group} processes"
+    ]
+
+
+def validate_schedule(config: ScheduleConfig, stages: Sequence[RunConfig]) -> list[str]:
+    """Problems of a chain, given its composed stages."""
+    problems = [*_run_section(config.run), *_choice("parts.make", config.parts.make, MAKERS)]
+    if not config.stages:
+        problems.append("stages=[]: a schedule has at least one stage")
+    if config.seed < 0:
+        problems.append(f"seed={config.seed}: at least 0")
+    for key in ("language", "vision"):
+        if config.parts.make == "none" and not getattr(config.parts, key):
+            problems.append(f"parts.{key} is empty; give the folder of the pretrained part")
+    names = [stage.run.stage for stage in stages]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        problems.append(f"run.stage={name}: two stages of the schedule would share this folder; set run.stage in one")
+    for index, stage in enumerate(stages):
+        if stage.model != config.model:
+            keys = ", ".join(_different(asdict(config.model), asdict(stage.model), "model."))
+            recipe = config.stages[index].recipe
+            problems.append(f"stages.{index} ({recipe}): other model than the schedule's in {keys}")
+    return problems
+
+
+def _different(a: dict[str, object], b: dict[str, object], prefix: str) -> Iterator[str]:
+    for key in a:
+        left, right = a[key], b[key]
+        if isinstance(left, dict) and isinstance(right, dict):
+            yield from _different(left, right, f"{prefix}{key}.")
+        elif left != right:
+            yield f"{prefix}{key}"
+
+
+def _choice(key: str, value: str, choices: Sequence[str]) -> Iterator[str]:
+    if value not in choices:
+        hint = did_you_mean(value, choices) or f"; choose from {', '.join(choices)}"
+        yield f"{key}={value} is not a choice{hint}"
+
+
+def _at_least(key: str, value: float, minimum: float) -> Iterator[str]:
+    if not value >= minimum or math.isinf(value):
+        yield f"{key}={value}: at least {minimum}"
+
+
+def _positive(key: str, value: float) -> Iterator[str]:
+    if not value > 0 or math.isinf(value):
+        yield f"{key}={value}: must be above 0"
+
+
+def _within(key: str, value: float, low: float, high: float, *, open_end: bool = False) -> Iterator[str]:
+    if not (low <= value < high if open_end else low <= value <= high):
+        near = min(max(value, low), high) if not math.isnan(value) else low
+        hint = "" if open_end and near == high else f"; nearest: {near:g}"
+        yield f"{key}={value}: between {low:g} and {high:g}{' (exclusive)' if open_end else ''}{hint}"
+
+
+def _divisible(key: str, value: int, by_key: str, by: int) -> Iterator[str]:
+    if value < 1:
+        yield f"{key}={value}: at least 1"
+    elif by > 0 and value % by:
+        yield f"{key}={value}: must be a multiple of {by_key} = {by}; nearest: {nearest_multiples(value, by)}"
+
+
+def _run_section(run: RunSection) -> Iterator[str]:
+    rule = "letters, digits, '.', '_' and '-', starting with a letter or digit"
+    if not _NAME.fullmatch(run.name):
+        yield f"run.name={run.name!r}: {rule}"
+    if not all(_NAME.fullmatch(part) for part in run.stage.split("/")):
+        yield f"run.stage={run.stage!r}: {rule}; '/' makes a subfolder"
+    if not run.root or "\n" in run.root:
+        yield f"run.root={run.root!r}: give the folder that holds the runs"
+
+
+def _language(config: RunConfig) -> Iterator[str]:
+    lm, prefix = config.model.language, "model.language"
+    unknown = sorted(set(lm.hybrid_pattern) - set("M-*"))
+    if unknown or not lm.hybrid_pattern:
+        yield f"{prefix}.hybrid_pattern={lm.hybrid_pattern!r}: M (Mamba-2), - (MLP) or * (attention) for each layer"
+    for key in ("hidden_size", "head_dim", "ffn_hidden_size", "mamba_head_dim", "mamba_state_dim", "chunk_size"):
+        yield from _positive(f"{prefix}.{key}", getattr(lm, key))
+    for key in ("norm_eps", "init_std", "rope_theta", "max_position", "conv_kernel", "base_vocab_size"):
+        yield from _positive(f"{prefix}.{key}", getattr(lm, key))
+    yield from _divisible(
+        f"{prefix}.num_attention_heads", lm.num_attention_heads, f"{prefix}.num_query_groups", lm.num_query_groups
+    )
+    yield from _at_least(f"{prefix}.num_query_groups", lm.num_query_groups, 1)
+    yield from _divisible(f"{prefix}.mamba_num_heads", lm.mamba_num_heads, f"{prefix}.mamba_num_groups", lm.mamba_num_groups)
+    yield from _at_least(f"{prefix}.mamba_num_groups", lm.mamba_num_groups, 1)
+    yield from _choice(f"{prefix}.activation", lm.activation, ACTIVATIONS)
+    yield from _choice(f"{prefix}.position", lm.position, POSITIONS)
+    yield from _at_least(f"{prefix}.vocab_size", lm.vocab_size, lm.base_vocab_size)
+
+
+def _tokens(config: RunConfig) -> Iterator[str]:
+    rows = config.model.language.vocab_size
+    media = ("image", "image_start", "image_end", "video") if "vision" in config.model.parts else ()
+    for key in ("pad", "bos", "eos", *media):
+        value = getattr(config.model.tokens, key)
+        if not 0 <= value < rows:
+            yield f"model.tokens.{key}={value}: a row of the embedding, 0 to {rows - 1} (model.language.vocab_size)"
+
+
+def _vision(vision: VisionConfig) -> Iterator[str]:
+    prefix = "model.vision"
+    for key in ("num_layers", "ffn_hidden_size", "patch_size", "norm_eps"):
+        yield from _positive(f"{prefix}.{key}", getattr(vision, key))
+    yield from _at_least(f"{prefix}.prefix_tokens", vision.prefix_tokens, 0)
+    yield from _at_least(f"{prefix}.num_attention_heads", vision.num_attention_heads, 1)
+    yield from _divisible(
+        f"{prefix}.hidden_size", vision.hidden_size, f"{prefix}.num_attention_heads", vision.num_attention_heads
+    )
+    unit = PIXEL_SHUFFLE * vision.patch_size
+    yield from _divisible(f"{prefix}.tile_size", vision.tile_size, f"2 x {prefix}.patch_size", unit)
+    yield from _divisible(f"{prefix}.max_resolution", vision.max_resolution, f"{prefix}.patch_size", vision.patch_size)
+    yield from _at_least(f"{prefix}.max_resolution", vision.max_resolution, vision.tile_size)
+    yield from _choice(f"{prefix}.activation", vision.activation, VISION_ACTIVATIONS)
+    for index, value in enumerate(vision.norm_std):
+        yield from _positive(f"{prefix}.norm_std.{index}", value)
+
+
+def _tiles(config: RunConfig) -> Iterator[str]:
+    tile, expected = config.data.tile_size, config.model.vision.tile_size
+    if tile != expected:
+        yield f"data.tile_size={tile}: must equal model.vision.tile_size; nearest: {expected}"
+    yield from _positive("model.projector.ffn_hidden_size", config.model.projector.ffn_hidden_size)
+    yield from _positive("model.projector.norm_eps", config.model.projector.norm_eps)
+    if config.model.tokens_per_tile >= config.data.seq_length:
+        yield (
+            f"data.seq_length={config.data.seq_length}: one tile alone has {config.model.tokens_per_tile} tokens; "
+            "no image would fit"
+        )
+
+
+def _data(config: RunConfig) -> Iterator[str]:
+    data = config.data
+    yield from _choice("data.packing", data.packing, PACKING_MODES)
+    yield from _choice("data.loss.mode", data.loss.mode, LOSS_MODES)
+    yield from _choice("data.loss.unit", data.loss.unit, LOSS_UNITS)
+    for key in ("window_samples", "max_tiles", "max_frames", "document_bucket", "max_seqlen_bucket"):
+        yield from _at_least(f"data.{key}", getattr(data, key), 1)
+    yield from _positive("data.video_fps", data.video_fps)
+    yield from _at_least("data.num_workers", data.num_workers, 0)
+    if not data.tokenizer:
+        yield "data.tokenizer is empty; give the folder that holds tokenizer.json"
+    if not data.sources:
+        yield "data.sources is empty; add +data.sources.NAME.path=FOLDER"
+    for name, source in data.sources.items():
+        if not source.path:
+            yield f"data.sources.{name}.path is empty; give the dataset folder"
+        yield from _at_least(f"data.sources.{name}.weight", source.weight, 0)
+        if source.max_samples is not None:
+            yield from _at_least(f"data.sources.{name}.max_samples", source.max_samples, 1)
+    if data.sources and not any(source.weight > 0 for source in data.sources.values()):
+        yield "data.sources: every weight is 0; give at least one source a weight above 0"
+
+
+def _precision_and_optim(config: RunConfig) -> Iterator[str]:
+    yield from _choice("precision.params", config.precision.params, PARAMS)
+    yield from _choice("precision.backend", config.precision.backend, BACKENDS)
+    optim = config.optim
+    yield from _positive("optim.lr", optim.lr)
+    yield from _within("optim.min_lr", optim.min_lr, 0, max(optim.lr, 0))
+    yield from _within("optim.warmup_fraction", optim.warmup_fraction, 0, 1)
+    yield from _within("optim.beta1", optim.beta1, 0, 1, open_end=True)
+    yield from _within("optim.beta2", optim.beta2, 0, 1, open_end=True)
+    yield from _positive("optim.eps", optim.eps)
+    yield from _at_least("optim.weight_decay", optim.weight_decay, 0)
+    yield from _positive("optim.clip_grad", optim.clip_grad)
+    yield from _choice("optim.loss_divisor", optim.loss_divisor, DIVISORS)
+
+
+def _trainer(config: RunConfig) -> Iterator[str]:
+    trainer = config.trainer
+    for key in ("steps", "global_batch"):
+        yield from _at_least(f"trainer.{key}", getattr(trainer, key), 1)
+    for key in ("max_bad_steps", "threads", "seed"):
+        yield from _at_least(f"trainer.{key}", getattr(trainer, key), 0)
+    parts = config.model.parts
+    for key, names in (("model.parts", parts), ("trainer.train", trainer.train)):
+        for name in names:
+            yield from _choice(key, name, PARTS)
+        if not names or len(set(names)) != len(names):
+            yield f"{key}={list(names)}: name each part once, at least one of {', '.join(PARTS)}"
+    absent = [name for name in trainer.train if name in PARTS and name not in parts]
+    if absent:
+        yield f"trainer.train={list(trainer.train)}: {', '.join(absent)} is not among model.parts={list(parts)}"
+    if "language" in parts and ("vision" in parts) != ("projector" in parts):
+        yield f"model.parts={list(parts)}: vision and projector come together; use all three or language alone"
+
+
+def _rest(config: RunConfig) -> Iterator[str]:
+    yield from _at_least("checkpoint.every_steps", config.checkpoint.every_steps, 1)
+    # Retention must never remove the last good checkpoint.
+    yield from _at_least("checkpoint.keep_last", config.checkpoint.keep_last, 1)
+    yield from _at_least("evaluation.max_samples", config.evaluation.max_samples, 1)
+    yield from _at_least("evaluation.predictions", config.evaluation.predictions, 0)
+    if not config.evaluation.split:
+        yield "evaluation.split is empty; give the name of the held-out split"
+    for name, path in config.evaluation.sources.items():
+        if not path:
+            yield f"evaluation.sources.{name} is empty; give the dataset folder"
+    yield from _at_least("logging.every_steps", config.logging.every_steps, 1)
+
+
+def _layout(config: RunConfig) -> Iterator[str]:
+    parallel = config.parallel
+    group = parallel.tp * parallel.cp
+    found = layout_problems(parallel, max(group, 1), config.model.language)
+    yield from found
+    # With an illegal layout the nearest length would be illegal as well: leave it out of the product.
+    unit, name = config.model.language.chunk_size, "model.language.chunk_size"
+    if not found and group > 1:
+        unit, name = unit * group, f"parallel.tp x parallel.cp x {name}"
+    yield from _divisible("data.seq_length", config.data.seq_length, name, unit)
+    if config.evaluation.sources:
+        yield from _divisible("evaluation.seq_length", config.evaluation.seq_length, name, unit)

@@ -1,0 +1,15 @@
+"""What a run says on standard error: one line a message, from one process."""
+
+import logging
+import os
+import sys
+
+
+def setup_logging() -> None:
+    """Information from the first process, warnings from all; standard output stays free for results."""
+    rank = int(os.environ.get("RANK", "0"))
+    level = logging.INFO if rank == 0 else logging.WARNING
+    prefix = f"[rank {rank}] " if rank else ""
+    logging.basicConfig(level=logging.WARNING, format=f"{prefix}%(message)s", stream=sys.stderr, force=True)
+    for name in ("nemovl_train", "data_pipelines"):
+        logging.getLogger(name).setLevel(level)

@@ -1,0 +1,80 @@
+"""The model card (README.md) of an exported folder. A pure function of its arguments: no date, no host, no path."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from nemovl_train.config.schema import ModelConfig
+
+OPENS = {
+    "vlm": """\
+| engine | opens it | why |
+|---|---|---|
+| nemovl | yes | `nemovl convert import`, `nemovl generate` |
+| Transformers, native classes | yes, with the second config | it has no class for `NemotronH_Nano_VL_V2`; its Omni class has the same modules (snippet below) |
+| vLLM, SGLang | by layout; not run by the export | tensor names and `config.json` are those of the released model; the tower is looked up by `vision_config.args.model` (`{tower}`), so a tower of another size than theirs is refused. An engine that asks for the released folder's Python files needs them added: this folder carries no code |
+
+```python
+from transformers import AutoConfig, NemotronH_Omni_Reasoning_V3
+config = AutoConfig.from_pretrained("FOLDER/transformers_omni")
+model = NemotronH_Omni_Reasoning_V3.from_pretrained("FOLDER", config=config)
+```
+
+Transformers then reports the video embedder and `summary_idxs` as missing (this architecture has none, and images never
+use them) and `input_conditioner.*` as unexpected (pixels are normalised before the tower). Its Mamba layers clamp the
+time step at 0.001 from below, which the training code does not: set `mixer.time_step_limit = (0.0, float("inf"))` on each
+for equal numbers.""",
+    "language": """\
+| engine | opens it | why |
+|---|---|---|
+| nemovl | yes | `nemovl convert import` |
+| Transformers | yes, `NemotronHForCausalLM` | native class with the same tensor names |
+| vLLM, SGLang | by layout; not run by the export | they register `NemotronHForCausalLM` with these names |""",
+    "vision": """\
+| engine | opens it | why |
+|---|---|---|
+| nemovl | yes | `nemovl convert import` |
+| Transformers | yes, `RadioModel` | native class that reads the tower's published names |""",
+}
+
+
+def model_card(
+    config: ModelConfig, kind: str, *, parameters: int, tensors: int, dtype: str, files: Mapping[str, str], card: Mapping[str, Any]
+) -> str:
+    """Markdown text of the card.
+
+    Args:
+        config: Sizes of the model.
+        kind: `vlm`, `language` or `vision`.
+        parameters: Number of parameters.
+        tensors: Number of tensors in the folder.
+        dtype: Number format of the weights.
+        files: File name -> SHA-256.
+        card: What the caller knows: `recipe`, `parent`, `data`, `license`, measured results; any JSON values.
+    """
+    from nemovl_train.convert.hf_layout import timm_name
+
+    facts = {"kind": kind, "parameters": f"{parameters:,}", "tensors": tensors, "number format": dtype}
+    if kind != "vision":
+        facts["language layers"] = f"{config.language.num_layers} (`{config.language.hybrid_pattern}`)"
+        facts["vocabulary rows"] = config.language.vocab_size
+    if kind != "language":
+        facts["vision layers"] = config.vision.num_layers
+        facts["tile"] = f"{config.vision.tile_size} px, {config.tokens_per_tile} visual tokens"
+    sections = [
+        f"---\nlibrary_name: nemovl\ntags: [nemotron-h, {kind}]\n---",
+        f"# {config.name}",
+        "\n".join(["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in facts.items())]),
+        "## How it was made",
+        "\n".join(f"- **{k}**: {_value(v)}" for k, v in card.items()) or "No record was given to the export.",
+        "## What opens this folder",
+        OPENS[kind].replace("{tower}", timm_name(config.vision)),
+        "## Files",
+        "\n".join(["| file | SHA-256 |", "|---|---|", *(f"| `{k}` | `{v}` |" for k, v in files.items())]),
+        "`nemovl convert verify FOLDER` checks names, shapes, hashes, the round trip and the logits.",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _value(value: Any) -> str:
+    return value if isinstance(value, str) else f"`{json.dumps(value, sort_keys=True)}`"

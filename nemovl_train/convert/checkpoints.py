@@ -1,0 +1,270 @@
+"""Between Hugging Face folders and sealed checkpoints. The only module of `convert` that builds a model or a layout."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemovl_train.checkpoint import sealed
+from nemovl_train.config.build import build
+from nemovl_train.config.dump import load_yaml
+from nemovl_train.config.schema import ModelConfig, ParallelConfig, RunConfig
+from nemovl_train.convert.hf_config import CHAT_TEMPLATE, TOKENIZER_FILES
+from nemovl_train.convert.hf_export import export_canonical
+from nemovl_train.convert.hf_import import HFFolder
+from nemovl_train.convert.mapping import dtype_name, report
+from nemovl_train.convert.names import kind_of
+from nemovl_train.exceptions import ConversionError
+from nemovl_train.model.vlm import NemotronVL, build_model
+from nemovl_train.parallel.layout import Layout
+
+CHECKPOINTS, TOKENIZER = "checkpoints", "tokenizer"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointInfo:
+    """What a checkpoint says about itself, without its tensors.
+
+    Attributes:
+        config: Sizes of the model.
+        dtype: Format of the parameters.
+        facts: For the model card.
+        tokenizer: Folder of the tokenizer that belongs to the weights.
+        export: Further arguments of `export_canonical` (tiling, and what an imported folder had).
+    """
+
+    config: ModelConfig
+    dtype: torch.dtype
+    facts: dict[str, Any]
+    tokenizer: Path | None = None
+    export: dict[str, Any] = field(default_factory=dict)
+
+
+def import_checkpoint(hf_dir: Path, out: Path) -> Path:
+    """Import a Hugging Face folder as a checkpoint, its tokenizer beside it.
+
+    Returns:
+        The checkpoint's folder; `trainer.init_from` takes it or `out`.
+
+    Raises:
+        ConversionError: `out` exists, or the folder cannot be imported.
+    """
+    folder = HFFolder(hf_dir)
+    constants = {n: [dtype_name(t.dtype), list(t.shape), t.flatten().tolist()] for n, t in folder.constants().items()}
+    origin = {
+        "source": hf_dir.resolve().name,
+        "state_dtype": dtype_name(folder.state_dtype),
+        "constants": constants,
+    }
+    path = save_as_checkpoint(folder.config, folder.tensors(), out, dtype=folder.dtype, origin=origin)
+    for name in (*TOKENIZER_FILES, CHAT_TEMPLATE.name):
+        if (hf_dir / name).is_file():
+            (out / TOKENIZER).mkdir(exist_ok=True)
+            shutil.copyfile(hf_dir / name, out / TOKENIZER / name)
+    return path
+
+
+def export_checkpoint(
+    source: Path, out: Path, *, tokenizer: Path | None = None, dtype: str | None = None, overwrite: bool = False
+) -> Path:
+    """Export a checkpoint, a stage's newest one, or a run's last stage.
+
+    Args:
+        source: Checkpoint, stage or run folder.
+        out: Folder to make.
+        tokenizer: Folder with tokenizer.json; None takes the one that the checkpoint names.
+        dtype: `fp32` or `bf16`; None keeps the checkpoint's.
+        overwrite: Replace an earlier export of that name.
+
+    Raises:
+        ConversionError: No complete checkpoint, no tokenizer where one is needed, or `out` exists.
+    """
+    info, tensors = checkpoint_tensors(source)
+    kind = kind_of(info.config)
+    tokenizer = tokenizer or info.tokenizer
+    if kind != "vision" and tokenizer is None:
+        raise ConversionError(f"{source} names no tokenizer; give its folder with --tokenizer DIR")
+    return export_canonical(
+        tensors,
+        info.config,
+        out,
+        kind=kind,
+        tokenizer=tokenizer,
+        card=info.facts,
+        dtype=None if dtype is None else DTYPES[dtype],
+        overwrite=overwrite,
+        **info.export,
+    )
+
+
+def save_as_checkpoint(
+    config: ModelConfig,
+    tensors: Iterable[tuple[str, Tensor]],
+    out: Path,
+    *,
+    dtype: torch.dtype,
+    origin: Mapping[str, Any],
+    may_lack: tuple[str, ...] = (),
+    seed: int = 1234,
+) -> Path:
+    """Write canonical tensors as a sealed checkpoint that `trainer.init_from` takes.
+
+    Args:
+        config: Sizes of the model.
+        tensors: (canonical name, tensor), every parameter once.
+        out: New folder; the checkpoint is `out/checkpoints/step_00000000`.
+        dtype: Format of the parameters.
+        origin: JSON facts about where the weights came from, `source` among them; kept in the checkpoint's state.
+        may_lack: Prefixes of parameters that may have no tensor: they get their initial values (a new projector).
+        seed: Seed of those values.
+
+    Raises:
+        ConversionError: `out` exists, or the tensors are not those of the model.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise ConversionError(f"{out} exists; choose another --out, or delete it first")
+    with single_process_model(config, dtype, seed=seed) as model:
+        load_tensors(model, tensors, may_lack=may_lack)
+        state = {"model": asdict(config), "dtype": dtype_name(dtype), **origin}
+        root = out / CHECKPOINTS
+        root.mkdir(parents=True, exist_ok=True)
+        return sealed.save(root, 0, model=model, optimizer=None, state=state, run_id=f"import/{config.name}")
+
+
+def checkpoint_tensors(path: Path) -> tuple[CheckpointInfo, Iterator[tuple[str, Tensor]]]:
+    """Canonical tensors of a checkpoint, whatever layout saved it. It is read when the iterator starts.
+
+    Args:
+        path: A checkpoint, a stage folder, or a run folder (its last stage with a checkpoint).
+
+    Raises:
+        ConversionError: There is no complete checkpoint.
+    """
+    folder = find_checkpoint(path)
+    info = describe_checkpoint(folder)
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        with single_process_model(info.config, info.dtype) as model:
+            sealed.load(folder, model=model)
+            yield from canonical_state(model).items()
+
+    return info, tensors()
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The newest complete checkpoint under a checkpoint, stage or run folder.
+
+    Raises:
+        ConversionError: There is none.
+    """
+    if (path / "integrity.json").is_file():
+        return path
+    candidates = [path / CHECKPOINTS, path]
+    schedule = path / "schedule.json"
+    if schedule.is_file():
+        # The last stage that has a checkpoint carries the schedule's result so far.
+        names = [stage["name"] for stage in json.loads(schedule.read_text(encoding="utf-8"))["stages"]]
+        candidates = [path / name / CHECKPOINTS for name in reversed(names)]
+    for root in candidates:
+        found = sealed.latest(root)
+        if found is not None:
+            return found
+    raise ConversionError(f"{path}: no complete checkpoint here; name a checkpoint, a stage folder or a run folder")
+
+
+def describe_checkpoint(folder: Path) -> CheckpointInfo:
+    """Sizes, format and origin of a checkpoint: from itself if it was imported, else from its stage's config.
+
+    Raises:
+        ConversionError: The stage's config is missing.
+    """
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    home = folder.parent.parent
+    if "model" in state:
+        return _imported(state, home)
+    written = home / "config.yaml"
+    if not written.is_file():
+        raise ConversionError(f"{folder} was moved away from its stage: {written} is missing, and with it the model's sizes")
+    run = load_yaml(RunConfig, written)
+    facts = {
+        "recipe": f"{run.run.name}/{run.run.stage}, {folder.name}",
+        "parent": state.get("parent") or "initial weights",
+        "data": {name: source.weight for name, source in run.data.sources.items()},
+        "trained parts": list(run.trainer.train),
+        "seed": run.trainer.seed,
+        "checkpoint integrity": (folder / "COMPLETE").read_text(encoding="utf-8").strip(),
+    }
+    return CheckpointInfo(
+        config=run.model,
+        dtype=DTYPES[run.precision.params],
+        facts=facts,
+        tokenizer=Path(run.data.tokenizer) if run.data.tokenizer else None,
+        export={"max_num_tiles": run.data.max_tiles, "use_thumbnail": run.data.use_thumbnail},
+    )
+
+
+def _imported(state: Mapping[str, Any], home: Path) -> CheckpointInfo:
+    problems: list[str] = []
+    config = build(ModelConfig, state["model"], problems)
+    report(problems, f"{home} holds a model of another version")
+    export: dict[str, Any] = {}
+    if "constants" in state:
+        export["constants"] = {
+            name: torch.tensor(values, dtype=getattr(torch, dtype)).view(shape)
+            for name, (dtype, shape, values) in state["constants"].items()
+        }
+    if "state_dtype" in state:
+        export["state_dtype"] = getattr(torch, state["state_dtype"])
+    return CheckpointInfo(
+        config=config,
+        dtype=getattr(torch, state["dtype"]),
+        facts={"parent": state["source"]},
+        tokenizer=home / TOKENIZER if (home / TOKENIZER).is_dir() else None,
+        export=export,
+    )
+
+
+@contextmanager
+def single_process_model(config: ModelConfig, dtype: torch.dtype, *, seed: int = 1234) -> Iterator[NemotronVL]:
+    """The model in one process, weights initialised; its groups live as long as the context."""
+    layout = Layout.create(ParallelConfig())
+    try:
+        yield build_model(config, layout, params_dtype=dtype, parts=config.parts, seed=seed)
+    finally:
+        layout.destroy()
+
+
+def canonical_state(model: NemotronVL) -> dict[str, Tensor]:
+    """Parameters of a one-process model by canonical name."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def load_tensors(model: NemotronVL, tensors: Iterable[tuple[str, Tensor]], *, may_lack: tuple[str, ...] = ()) -> None:
+    """Copy canonical tensors into a one-process model.
+
+    Args:
+        model: Receives the values, converted to its formats.
+        tensors: (canonical name, tensor).
+        may_lack: Prefixes of parameters that keep their initial values when no tensor comes for them.
+
+    Raises:
+        ConversionError: A tensor has no parameter of its name and shape, or a parameter gets none.
+    """
+    left = canonical_state(model)
+    for name, tensor in tensors:
+        target = left.pop(name, None)
+        if target is None or target.shape != tensor.shape:
+            found = "no such parameter" if target is None else f"shape {list(target.shape)}"
+            raise ConversionError(f"{name} {list(tensor.shape)}: the model has {found}")
+        target.copy_(tensor)
+    # str.startswith of an empty tuple is False: then nothing may be lacking.
+    report([f"no tensor for {n}" for n in left if not n.startswith(may_lack)], "the model is not filled")

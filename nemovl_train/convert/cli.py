@@ -1,0 +1,78 @@
+"""`nemovl convert import | export | verify`. Heavy modules are imported when a verb runs, so that --help is instant."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from nemovl_train.exceptions import ConversionError
+from nemovl_train.exit_codes import ExitCode
+
+
+def add_convert_commands(subparsers: Any) -> None:
+    """Register `convert` and its verbs on the parser of the `nemovl` command.
+
+    Args:
+        subparsers: What `argparse.ArgumentParser.add_subparsers` returned.
+    """
+    parser = subparsers.add_parser("convert", help="to and from Hugging Face folders")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+
+    importer = verbs.add_parser("import", help="Hugging Face folder -> checkpoint for trainer.init_from")
+    importer.add_argument("hf_dir", type=Path, metavar="HF_DIR", help="folder of a VLM, a text model or a tower")
+    importer.add_argument("--out", type=Path, required=True, help="new folder for the checkpoint")
+    importer.set_defaults(run=_import)
+
+    exporter = verbs.add_parser("export", help="run or checkpoint -> Hugging Face folder")
+    exporter.add_argument("source", type=Path, metavar="RUN_OR_CKPT", help="run, stage or checkpoint folder")
+    exporter.add_argument("--out", type=Path, required=True, help="new folder")
+    exporter.add_argument("--tokenizer", type=Path, help="folder with tokenizer.json (default: the run's data.tokenizer)")
+    exporter.add_argument("--dtype", choices=("fp32", "bf16"), help="number format (default: that of the checkpoint)")
+    exporter.add_argument("--overwrite", action="store_true", help="replace an earlier export of that name")
+    exporter.set_defaults(run=_export)
+
+    checker = verbs.add_parser("verify", help="reload with Transformers and compare logits")
+    checker.add_argument("hf_dir", type=Path, metavar="DIR", help="exported folder")
+    checker.add_argument("--reference", type=Path, help="checkpoint that every tensor must equal")
+    checker.set_defaults(run=_verify)
+
+    for verb in (importer, exporter, checker):
+        verb.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def _import(args: argparse.Namespace) -> int:
+    _need_folder(args.hf_dir)
+    from nemovl_train.convert.checkpoints import import_checkpoint
+
+    path = import_checkpoint(args.hf_dir, args.out)
+    _print(args, {"checkpoint": str(path)}, f"imported {args.hf_dir}; train with trainer.init_from={path}")
+    return ExitCode.OK
+
+
+def _export(args: argparse.Namespace) -> int:
+    _need_folder(args.source)
+    from nemovl_train.convert.checkpoints import export_checkpoint
+
+    path = export_checkpoint(
+        args.source, args.out, tokenizer=args.tokenizer, dtype=args.dtype, overwrite=args.overwrite
+    )
+    _print(args, {"folder": str(path)}, f"wrote {path}; check it with: nemovl convert verify {path}")
+    return ExitCode.OK
+
+
+def _verify(args: argparse.Namespace) -> int:
+    _need_folder(args.hf_dir)
+    from nemovl_train.convert.verify import card_text, verify
+
+    card = verify(args.hf_dir, reference=args.reference)
+    _print(args, card, card_text(card).rstrip())
+    return ExitCode.OK if card["ok"] else ExitCode.FAILED
+
+
+def _need_folder(path: Path) -> None:
+    if not path.is_dir():
+        raise ConversionError(f"{path} is not a folder")
+
+
+def _print(args: argparse.Namespace, document: Any, text: str) -> None:
+    print(json.dumps(document) if args.json else text)

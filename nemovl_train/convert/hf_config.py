@@ -1,0 +1,297 @@
+"""Reads a Hugging Face folder's config into a `ModelConfig`, and writes the folder's small files.
+
+Sizes that the weights know (rows, prefix tokens, position grid, widths) are taken from the safetensors headers; the rest
+must be in the config. What our model cannot express is an error, never ignored.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nemovl_train.config.schema import LanguageConfig, ModelConfig, ProjectorConfig, TokenIds, VisionConfig
+from nemovl_train.convert import hf_layout
+from nemovl_train.convert.mapping import constants_of, report
+from nemovl_train.convert.names import language_prefix, vision_prefix
+from nemovl_train.convert.tensor_files import TensorFolder, read_json
+from nemovl_train.exceptions import ConversionError
+
+CHAT_TEMPLATE = Path(__file__).parent / "chat_template.jinja"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+OMNI_FOLDER = "transformers_omni"
+PATTERN = {"linear_attention": "M", "mamba": "M", "mlp": "-", "full_attention": "*", "attention": "*"}
+# Settings of `nemotron_h` that our language model has fixed: field -> the only value it can express.
+FIXED_LANGUAGE = {
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_bias": False,
+    "mamba_proj_bias": False,
+    "use_conv_bias": True,
+    "residual_in_fp32": False,
+    "mlp_hidden_act": "relu2",
+    "mamba_hidden_act": "silu",
+    "sliding_window": None,
+    "num_nextn_predict_layers": 0,
+}
+FIXED_VLM = {"downsample_ratio": hf_layout.PIXEL_SHUFFLE, "ps_version": "v2", "image_tag_type": "internvl"}
+# In an `args` block without sizes, the layer norm and its epsilon are those of timm's vision transformer.
+TIMM_EPS = 1e-6
+
+
+def folder_kind(document: Mapping[str, Any], where: Path) -> str:
+    """`vlm`, `language` or `vision`, from a folder's config.
+
+    Raises:
+        ConversionError: The architecture is not one of the three.
+    """
+    names = document.get("architectures") or []
+    if hf_layout.VLM_ARCHITECTURE in names:
+        return "vlm"
+    if hf_layout.LANGUAGE_ARCHITECTURE in names:
+        return "language"
+    if any(n in hf_layout.VISION_ARCHITECTURES for n in names):
+        return "vision"
+    known = [hf_layout.VLM_ARCHITECTURE, hf_layout.LANGUAGE_ARCHITECTURE, *hf_layout.VISION_ARCHITECTURES]
+    raise ConversionError(f"{where}: architectures is {names}, none of which can be imported; known are {', '.join(known)}")
+
+
+def read_kind(hf_dir: Path) -> str:
+    """Kind of a folder on disk, see `folder_kind`."""
+    path = hf_dir / "config.json"
+    return folder_kind(read_json(path), path)
+
+
+def read_config(hf_dir: Path, *, tensors: TensorFolder | None = None) -> ModelConfig:
+    """Sizes of the model in a folder. A part that the folder lacks keeps the defaults of `ModelConfig`.
+
+    A text-only folder has no media tags; their ids are those they will get, right after its vocabulary.
+
+    Args:
+        hf_dir: Folder with config.json and safetensors.
+        tensors: The folder's tensors, when they are open already.
+
+    Raises:
+        ConversionError: Unknown architecture, a missing field, or a setting our model cannot express.
+    """
+    path = hf_dir / "config.json"
+    document = read_json(path)
+    kind = folder_kind(document, path)
+    tensors = tensors or TensorFolder(hf_dir)
+    name = str(document.get("_name_or_path") or hf_dir.resolve().name)
+    if kind == "vision":
+        return ModelConfig(name=name, parts=("vision",), vision=_vision(document, document, tensors, kind=kind, where=path))
+    llm = document if kind == "language" else need(document, "llm_config", "text_config", where=path)
+    rows = tensors_shape(tensors, language_prefix(kind) + "backbone.embeddings.weight")[0]
+    if kind == "language":
+        language = _language(llm, rows, rows, path)
+        tokens = _tokens(hf_dir, llm, media_tokens(rows))
+        return ModelConfig(name=name, parts=("language",), language=language, tokens=tokens)
+    _refuse_other_values(document, FIXED_VLM, path)
+    media = {
+        "image": need(document, "img_context_token_id", where=path),
+        "image_start": need(document, "img_start_token_id", where=path),
+        "image_end": need(document, "img_end_token_id", where=path),
+        "video": need(document, "video_context_token_id", where=path),
+    }
+    vision = _vision(need(document, "vision_config", where=path), document, tensors, kind=kind, where=path)
+    return ModelConfig(
+        name=name,
+        # The media tags follow the text vocabulary, the placeholder first.
+        language=_language(llm, rows, media["image"], path),
+        vision=vision,
+        projector=ProjectorConfig(ffn_hidden_size=tensors_shape(tensors, "mlp1.1.weight")[0]),
+        tokens=_tokens(hf_dir, llm, media),
+    )
+
+
+def media_tokens(base_vocab_size: int) -> dict[str, int]:
+    """Ids of the media tags added after a text vocabulary (ten tags: the released order, `<video>` last)."""
+    v = base_vocab_size
+    return {"image": v, "image_start": v + 1, "image_end": v + 2, "video": v + 9}
+
+
+def need(document: Mapping[str, Any], *names: str, where: Path) -> Any:
+    """The first of several spellings of a field that is present and not null."""
+    for name in names:
+        if document.get(name) is not None:
+            return document[name]
+    raise ConversionError(f"{where}: field {' or '.join(names)} is missing")
+
+
+def tensors_shape(tensors: TensorFolder, name: str) -> tuple[int, ...]:
+    """Shape of a tensor that the sizes are read from."""
+    if name not in tensors.specs:
+        raise ConversionError(f"{tensors.folder}: missing {name}, from which sizes are read")
+    return tensors.specs[name].shape
+
+
+def _refuse_other_values(document: Mapping[str, Any], fixed: Mapping[str, Any], where: Path) -> None:
+    wrong = [f"{k} is {document[k]!r}, supported is {v!r}" for k, v in fixed.items() if document.get(k, v) != v]
+    report(wrong, f"{where} describes a model that cannot be expressed here")
+
+
+def _language(llm: Mapping[str, Any], rows: int, base_rows: int, where: Path) -> LanguageConfig:
+    _refuse_other_values(llm, FIXED_LANGUAGE, where)
+    pattern = llm.get("hybrid_override_pattern")
+    if pattern is None:
+        types = need(llm, "hybrid_override_pattern", "layers_block_type", "layer_types", where=where)
+        pattern = "".join(PATTERN.get(t, "?") for t in types)
+    odd = sorted(set(pattern) - set("M-*"))
+    if odd or not pattern:
+        raise ConversionError(f"{where}: layers {pattern!r} hold kinds other than Mamba, attention and dense MLP")
+    return LanguageConfig(
+        hidden_size=need(llm, "hidden_size", where=where),
+        hybrid_pattern=pattern,
+        num_attention_heads=need(llm, "num_attention_heads", where=where),
+        num_query_groups=need(llm, "num_key_value_heads", where=where),
+        head_dim=need(llm, "head_dim", "attention_head_dim", where=where),
+        ffn_hidden_size=need(llm, "intermediate_size", where=where),
+        mamba_num_heads=need(llm, "mamba_num_heads", where=where),
+        mamba_head_dim=need(llm, "mamba_head_dim", where=where),
+        mamba_state_dim=need(llm, "ssm_state_size", where=where),
+        mamba_num_groups=need(llm, "n_groups", where=where),
+        conv_kernel=need(llm, "conv_kernel", where=where),
+        chunk_size=need(llm, "chunk_size", where=where),
+        norm_eps=need(llm, "layer_norm_epsilon", "norm_eps", "rms_norm_eps", where=where),
+        max_position=need(llm, "max_position_embeddings", where=where),
+        vocab_size=rows,
+        base_vocab_size=base_rows,
+        init_std=llm.get("initializer_range", LanguageConfig().init_std),
+    )
+
+
+def _tokens(hf_dir: Path, llm: Mapping[str, Any], media: Mapping[str, int]) -> TokenIds:
+    path = hf_dir / "generation_config.json"
+    generation = read_json(path) if path.is_file() else {}
+    eos = need({**llm, **{k: v for k, v in generation.items() if v is not None}}, "eos_token_id", where=path)
+    pad = llm.get("pad_token_id")
+    return TokenIds(
+        **media,
+        bos=need(llm, "bos_token_id", where=hf_dir / "config.json"),
+        eos=eos[0] if isinstance(eos, list) else eos,
+        # Released tokenizers name no padding token; <unk> never occurs in byte-level text.
+        pad=0 if pad is None else pad,
+    )
+
+
+def _vision(
+    own: Mapping[str, Any], top: Mapping[str, Any], tensors: TensorFolder, *, kind: str, where: Path
+) -> VisionConfig:
+    prefix = vision_prefix(kind) + "model."
+    prefix_tokens, hidden = tensors_shape(tensors, prefix + "patch_generator.cls_token.token")
+    positions = tensors_shape(tensors, prefix + "patch_generator.pos_embed")[1]
+    pixels = tensors_shape(tensors, prefix + "patch_generator.embedder.weight")[1]
+    patch, grid = math.isqrt(pixels // 3), math.isqrt(positions)
+    if 3 * patch**2 != pixels or grid**2 != positions:
+        raise ConversionError(f"{where}: {pixels} pixels a patch and {positions} positions are no square RGB patch and grid")
+    model = str((own.get("args") or {}).get("model"))
+    heads = own.get("num_attention_heads") or hf_layout.TIMM_SIZES.get(model, (0, 0, 0))[2]
+    if not heads:
+        raise ConversionError(f"{where}: number of attention heads of the tower: neither num_attention_heads nor a known args.model")
+    act = own.get("hidden_act", "gelu")
+    activation = {v: k for k, v in hf_layout.VISION_ACTIVATIONS.items()}.get(act)
+    if activation is None:
+        raise ConversionError(f"{where}: activation {act!r} of the tower; known are {list(hf_layout.VISION_ACTIVATIONS.values())}")
+    mean, std = _statistics(own, top, tensors, kind, where)
+    return VisionConfig(
+        num_layers=len({n.split("blocks.")[1].split(".")[0] for n in tensors.specs if n.startswith(prefix + "blocks.")}),
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        ffn_hidden_size=tensors_shape(tensors, prefix + "blocks.0.mlp.fc1.weight")[0],
+        patch_size=patch,
+        tile_size=top.get("force_image_size") or _tile(own, where),
+        max_resolution=grid * patch,
+        prefix_tokens=prefix_tokens,
+        norm_eps=own.get("layer_norm_eps", TIMM_EPS),
+        activation=activation,
+        norm_mean=mean,
+        norm_std=std,
+    )
+
+
+def _tile(own: Mapping[str, Any], where: Path) -> int:
+    preferred = need(own, "preferred_resolution", "image_size", where=where)
+    return int(preferred[0] if isinstance(preferred, list) else preferred)
+
+
+def _statistics(
+    own: Mapping[str, Any], top: Mapping[str, Any], tensors: TensorFolder, kind: str, where: Path
+) -> tuple[Any, Any]:
+    """Pixel mean and deviation: the folder's config, else its conditioner tensors. Never assumed."""
+    held = constants_of({n: n for n in tensors.specs}, kind)  # type: ignore[arg-type]
+    out = []
+    for field in ("norm_mean", "norm_std"):
+        value = top.get(field) or own.get(field)
+        if value is None and f"input_conditioner.{field}" in held:
+            value = tensors.read(str(held[f"input_conditioner.{field}"])).float().reshape(-1).tolist()
+        if value is None:
+            raise ConversionError(f"{where}: neither {field} nor a tensor input_conditioner.{field} says how pixels are normalised")
+        out.append(tuple(float(v) for v in value))
+    return out[0], out[1]
+
+
+def write_config(
+    config: ModelConfig,
+    out_dir: Path,
+    *,
+    kind: str,
+    dtype: str,
+    tokenizer: Path | None = None,
+    max_num_tiles: int = 12,
+    use_thumbnail: bool = True,
+) -> list[Path]:
+    """Write every file of a folder that is not weights: configs, chat template, tokenizer.
+
+    Args:
+        config: Sizes of the model.
+        out_dir: Existing folder.
+        kind: `vlm`, `language` or `vision`.
+        dtype: Number format of the weights as Transformers spells it, e.g. `bfloat16`.
+        tokenizer: Folder with `tokenizer.json`; a `chat_template.jinja` there replaces ours.
+        max_num_tiles: Largest tile grid of an image.
+        use_thumbnail: A whole-image tile follows the grid.
+
+    Returns:
+        The files written.
+    """
+    vision = config.vision
+    if kind == "vlm":
+        documents = {
+            "config.json": hf_layout.vlm_config(config, dtype=dtype, use_thumbnail=use_thumbnail),
+            "preprocessor_config.json": hf_layout.preprocessor_config(
+                vision, max_num_tiles=max_num_tiles, use_thumbnail=use_thumbnail
+            ),
+            "processor_config.json": hf_layout.processor_config(),
+            f"{OMNI_FOLDER}/config.json": hf_layout.omni_config(config, dtype=dtype),
+        }
+    elif kind == "language":
+        documents = {"config.json": hf_layout.language_config(config, dtype=dtype)}
+    else:
+        hub = hf_layout.hub_vision_config(vision, dtype=dtype)
+        documents = {"config.json": {"_name_or_path": config.name, **hub, "architectures": ["RadioModel"]}}
+    if kind != "vision":
+        documents["generation_config.json"] = hf_layout.generation_config(config)
+    written = []
+    for name, document in documents.items():
+        (out_dir / name).parent.mkdir(exist_ok=True)
+        (out_dir / name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        written.append(out_dir / name)
+    if kind != "vision":
+        written += _copy_tokenizer(tokenizer, out_dir)
+    return written
+
+
+def _copy_tokenizer(tokenizer: Path | None, out_dir: Path) -> list[Path]:
+    sources = [CHAT_TEMPLATE]
+    if tokenizer is not None:
+        if not (tokenizer / "tokenizer.json").is_file():
+            raise ConversionError(f"{tokenizer} holds no tokenizer.json; name the folder that does")
+        sources = [tokenizer / n for n in TOKENIZER_FILES if (tokenizer / n).is_file()]
+        own = tokenizer / CHAT_TEMPLATE.name
+        sources.append(own if own.is_file() else CHAT_TEMPLATE)
+    for source in sources:
+        shutil.copyfile(source, out_dir / source.name)
+    return [out_dir / s.name for s in sources]

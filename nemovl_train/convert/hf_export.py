@@ -1,0 +1,200 @@
+"""Writes a Hugging Face folder: streamed, sharded, deterministic, and visible only when complete.
+
+Peak memory is one canonical tensor and its Hugging Face parts, whatever the model's size.
+"""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemovl_train.config.schema import ModelConfig
+from nemovl_train.convert.card import model_card
+from nemovl_train.convert.hf_config import write_config
+from nemovl_train.convert.mapping import Spec, default_constants, dtype_name, stream_to_hf
+from nemovl_train.convert.names import KINDS, Entry, Precision, constant_names, table
+from nemovl_train.convert.tensor_files import CODE_OF, MAX_SHARD_BYTES, ShardWriter, file_hash
+from nemovl_train.exceptions import ConversionError
+
+MANIFEST = "nemovl_export.json"
+MANIFEST_FORMAT = 1
+
+
+def export_canonical(
+    tensors: Iterable[tuple[str, Tensor]],
+    config: ModelConfig,
+    out_dir: Path,
+    *,
+    kind: str,
+    tokenizer: Path | None,
+    card: Mapping[str, Any],
+    dtype: torch.dtype | None = None,
+    state_dtype: torch.dtype = torch.float32,
+    constants: Mapping[str, Tensor] | None = None,
+    max_num_tiles: int = 12,
+    use_thumbnail: bool = True,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    overwrite: bool = False,
+) -> Path:
+    """Write canonical tensors as a folder in the released layout.
+
+    The folder appears under its name only when every byte is on the disk. The same tensors give the same bytes, in
+    whatever order they come.
+
+    Args:
+        tensors: (canonical name, tensor), each of the model exactly once, in any order.
+        config: Sizes of the model.
+        out_dir: Folder to make.
+        kind: `vlm`, `language` or `vision`.
+        tokenizer: Folder whose tokenizer files (and own chat template) are copied; None for a tower.
+        card: Facts for the model card: recipe, parent, data, results.
+        dtype: Format of the weights; None keeps that of the tensors.
+        state_dtype: Format of A_log and D.
+        constants: Tower constants of an imported folder (`mapping.constants_of`); None writes our own.
+        max_num_tiles: Largest tile grid, for the preprocessor.
+        use_thumbnail: Whether a whole-image tile follows the grid.
+        max_shard_bytes: Largest shard.
+        overwrite: Replace `out_dir` if an export made it.
+
+    Returns:
+        `out_dir`.
+
+    Raises:
+        ConversionError: The folder exists, or a tensor is missing, unknown, repeated, wrongly shaped or typed.
+    """
+    if kind not in KINDS:
+        raise ConversionError(f"kind {kind!r}; known are {', '.join(KINDS)}")
+    _refuse_existing(out_dir, overwrite)
+    entries = table(config, kind)
+    found, tensors = _format_of(tensors, entries)
+    names = constant_names(kind)
+    chosen = default_constants(config, kind) if constants is None else constants
+    extra = {names[short]: t for short, t in chosen.items()}
+    plan = _plan(entries, dtype or found, state_dtype) | {n: Spec(tuple(t.shape), t.dtype) for n, t in extra.items()}
+    temporary = out_dir.parent / f".{out_dir.name}.{uuid.uuid4().hex[:8]}.partial"
+    temporary.mkdir(parents=True)
+    try:
+        writer = ShardWriter(temporary, plan, max_shard_bytes=max_shard_bytes)
+        try:
+            stream = stream_to_hf(tensors, entries, dtype=dtype, state_dtype=state_dtype)
+            for name, tensor in chain(stream, extra.items()):
+                writer.put(name, _as_planned(name, tensor, plan))
+            writer.close()
+        finally:
+            writer.abandon()
+        write_config(
+            config,
+            temporary,
+            kind=kind,
+            dtype=dtype_name(dtype or found),
+            tokenizer=tokenizer,
+            max_num_tiles=max_num_tiles,
+            use_thumbnail=use_thumbnail,
+        )
+        _write_card_and_manifest(temporary, config, kind, dtype=dtype or found, card=card, writer=writer)
+        _publish(temporary, out_dir)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return out_dir
+
+
+def _refuse_existing(out_dir: Path, overwrite: bool) -> None:
+    if not out_dir.exists() or (out_dir.is_dir() and not any(out_dir.iterdir())):
+        return
+    if not overwrite:
+        raise ConversionError(f"{out_dir} exists; choose another --out, or delete it first")
+    if not (out_dir / MANIFEST).is_file():
+        raise ConversionError(f"{out_dir} exists and was not made by an export ({MANIFEST} is missing); choose another --out")
+
+
+def _format_of(
+    tensors: Iterable[tuple[str, Tensor]], entries: list[Entry]
+) -> tuple[torch.dtype, Iterable[tuple[str, Tensor]]]:
+    """Format of the first parameter of the stream, and the stream with nothing taken out of it."""
+    plain = {e.ours for e in entries if e.precision is Precision.PARAMS}
+    iterator = iter(tensors)
+    seen: list[tuple[str, Tensor]] = []
+    for item in iterator:
+        seen.append(item)
+        if item[0] in plain:
+            return item[1].dtype, chain(seen, iterator)
+    return torch.float32, seen
+
+
+def _plan(entries: list[Entry], dtype: torch.dtype, state_dtype: torch.dtype) -> dict[str, Spec]:
+    plan = {}
+    for entry in entries:
+        wanted = state_dtype if entry.precision is Precision.STATE else dtype
+        plan.update({n: Spec(s, wanted) for n, s in zip(entry.hf, entry.hf_shapes, strict=True)})
+    return plan
+
+
+def _as_planned(name: str, tensor: Tensor, plan: Mapping[str, Spec]) -> Tensor:
+    """A tensor of `Precision.LOOSE` may be wider than the folder; it is narrowed only where that loses nothing."""
+    wanted = plan[name].dtype
+    if tensor.dtype == wanted:
+        return tensor
+    narrow = tensor.to(wanted)
+    if not torch.equal(narrow.to(tensor.dtype), tensor):
+        raise ConversionError(
+            f"{name} is {dtype_name(tensor.dtype)} and does not fit {dtype_name(wanted)} without loss; "
+            f"export in {dtype_name(tensor.dtype)}, or cast it first"
+        )
+    return narrow
+
+
+def _write_card_and_manifest(
+    folder: Path, config: ModelConfig, kind: str, *, dtype: torch.dtype, card: Mapping[str, Any], writer: ShardWriter
+) -> None:
+    constants = set(constant_names(kind).values())
+    parameters = sum(_count(s) for n, s in writer.plan.items() if n not in constants)
+    files = {str(p.relative_to(folder)): file_hash(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+    text = model_card(
+        config, kind, parameters=parameters, tensors=len(writer.plan), dtype=dtype_name(dtype), files=files, card=card
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    files["README.md"] = file_hash(folder / "README.md")
+    manifest = {
+        "format": MANIFEST_FORMAT,
+        "kind": kind,
+        "parameters": parameters,
+        "files": files,
+        "tensors": {
+            n: {"dtype": CODE_OF[s.dtype], "shape": list(s.shape), "sha256": writer.hashes[n]} for n, s in writer.plan.items()
+        },
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def _count(spec: Spec) -> int:
+    return int(torch.Size(spec.shape).numel())
+
+
+def _publish(temporary: Path, out_dir: Path) -> None:
+    """Rename into place; an older export of that name is moved aside first, so that the name never holds half of one."""
+    for path in temporary.rglob("*"):
+        _sync(path)
+    _sync(temporary)
+    old = None
+    if out_dir.exists():
+        old = temporary.with_suffix(".old")
+        out_dir.rename(old)
+    temporary.rename(out_dir)
+    _sync(out_dir.parent)
+    if old is not None:
+        shutil.rmtree(old)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,147 @@
+"""Opens a folder with Transformers' own classes and records what they report and compute.
+
+Run by `verify` in a process of its own, without network: `python -m nemovl_train.convert.reload_check FOLDER OUT`.
+Writes OUT/theirs.safetensors (float32) and OUT/theirs.json. Nothing of our model is imported here.
+
+Shape legend: S tokens, V vocabulary rows, T tiles, G patches along a tile's side, E tower width, P patch side.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+# With a CPU build of torch, importing torchvision fails, and Transformers imports it wherever it is installed.
+sys.modules["torchvision"] = None  # type: ignore[assignment]
+
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import (
+    NemotronH_Omni_Reasoning_V3,
+    NemotronH_Omni_Reasoning_V3_Config,
+    NemotronHConfig,
+    NemotronHForCausalLM,
+    RadioConfig,
+    RadioModel,
+)
+
+from nemovl_train.config.schema import ModelConfig
+from nemovl_train.convert import hf_layout
+from nemovl_train.convert.hf_config import OMNI_FOLDER, read_config, read_kind
+from nemovl_train.convert.probe import Probe, make_probe
+from nemovl_train.convert.tensor_files import TensorFolder, read_json
+
+OPTIONS: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True, "local_files_only": True}
+
+
+def main(hf_dir: Path, out: Path) -> None:
+    """Load, compute, write."""
+    refuse_code_from(hf_dir)
+    torch.manual_seed(0)
+    files = TensorFolder(hf_dir)
+    kind, config = read_kind(hf_dir), read_config(hf_dir, tensors=files)
+    probe = make_probe(config)
+    outputs: dict[str, Tensor] = {}
+    reports: dict[str, Any] = {}
+    with torch.no_grad():
+        if kind != "vision":
+            outputs["text_logits"], reports["language"] = _language(hf_dir, kind, files, probe)
+        if kind != "language":
+            outputs["tower_features"], reports["vision"] = _vision(hf_dir, kind, files, config, probe)
+        if kind == "vlm":
+            whole, reports["vlm"] = _whole(hf_dir, config, probe)
+            outputs |= whole
+    save_file({n: t.float().contiguous() for n, t in outputs.items()}, str(out / "theirs.safetensors"))
+    versions = {"transformers": transformers.__version__, "torch": torch.__version__}
+    (out / "theirs.json").write_text(json.dumps({"reports": reports, "versions": versions}), encoding="utf-8")
+
+
+def refuse_code_from(folder: Path) -> None:
+    """End the process if anything opens Python or pickle files of the folder, or a network connection.
+
+    Transformers runs a folder's code only when asked to; this makes sure of it.
+    """
+    root = str(folder.resolve()) + os.sep
+    forbidden = (".py", ".pyc", ".so", ".bin", ".pt", ".pth", ".pkl")
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        if event == "open" and isinstance(args[0], str) and args[0].endswith(forbidden):
+            if os.path.realpath(args[0]).startswith(root):
+                raise PermissionError(f"{args[0]} is code or a pickle of the folder under test")
+        if event == "socket.connect":
+            raise PermissionError(f"a connection to {args[1]} was tried")
+
+    sys.addaudithook(hook)
+
+
+def _language(hf_dir: Path, kind: str, files: TensorFolder, probe: Probe) -> tuple[Tensor, dict[str, Any]]:
+    """Logits [S, V] of the text, by the language model alone."""
+    if kind == "language":
+        model, info = NemotronHForCausalLM.from_pretrained(hf_dir, **OPTIONS)
+    else:
+        settings = NemotronHConfig(**read_json(hf_dir / "config.json")["llm_config"])
+        state = _part(files, "language_model.")
+        model, info = NemotronHForCausalLM.from_pretrained(None, config=settings, state_dict=state, **OPTIONS)
+    release_time_step(model)
+    return model.eval()(input_ids=probe.text[None], use_cache=False).logits[0], _report(info)
+
+
+def _vision(
+    hf_dir: Path, kind: str, files: TensorFolder, config: ModelConfig, probe: Probe
+) -> tuple[Tensor, dict[str, Any]]:
+    """Patch features [T, G * G, E] of the tiles, by the tower alone; it normalises pixels itself."""
+    if kind == "vision" and (read_json(hf_dir / "config.json").get("model_type")) == "radio":
+        model, info = RadioModel.from_pretrained(hf_dir, **OPTIONS)
+    else:
+        settings = RadioConfig(**hf_layout.native_vision_config(config.vision, dtype="float32"))
+        state = _part(files, "vision_model." if kind == "vlm" else "")
+        model, info = RadioModel.from_pretrained(None, config=settings, state_dict=state, **OPTIONS)
+    return model.eval()(probe.tiles.float() / 255.0).features, _report(info)
+
+
+def _whole(hf_dir: Path, config: ModelConfig, probe: Probe) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Logits [S, V] of text and tiles, and the projected visual tokens, by the native Omni class."""
+    written = hf_dir / OMNI_FOLDER / "config.json"
+    fields = read_json(written) if written.is_file() else hf_layout.omni_config(config, dtype="float32")
+    settings = NemotronH_Omni_Reasoning_V3_Config(**fields)
+    model, info = NemotronH_Omni_Reasoning_V3.from_pretrained(hf_dir, config=settings, **OPTIONS)
+    release_time_step(model)
+    # The class casts pixels to this format, and has none when it was built from a config.
+    model.vision_model.config.dtype = torch.float32
+    patches, grids = _patches(config, probe.tiles)
+    model.eval()
+    tokens = model.get_image_features(patches, grids, return_dict=True).pooler_output
+    logits = model(input_ids=probe.mixed[None], pixel_values=patches, image_grid_hw=grids, use_cache=False).logits[0]
+    return {"visual_tokens": torch.stack(tuple(tokens)), "mixed_logits": logits}, _report(info)
+
+
+def release_time_step(model: torch.nn.Module) -> None:
+    """Take away the lower clamp of the time step: the class clamps at `time_step_min`, which training never did."""
+    for module in model.modules():
+        if hasattr(module, "time_step_limit"):
+            module.time_step_limit = (0.0, float("inf"))
+
+
+def _patches(config: ModelConfig, tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """Normalised patches [T * G * G, 3 * P * P], channels first inside a patch, and grids [T, 2]."""
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (config.vision.norm_mean, config.vision.norm_std))
+    pixels = (tiles.float() / 255.0 - mean) / std
+    side, grid = config.vision.patch_size, config.vision.tile_size // config.vision.patch_size
+    cut = pixels.unfold(2, side, side).unfold(3, side, side)  # [T, 3, G, G, P, P]
+    return cut.permute(0, 2, 3, 1, 4, 5).reshape(-1, 3 * side * side), torch.full((tiles.shape[0], 2), grid)
+
+
+def _part(files: TensorFolder, prefix: str) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): files.read(n) for n in files.specs if n.startswith(prefix)}
+
+
+def _report(info: Mapping[str, Iterable[Any]]) -> dict[str, Any]:
+    return {key: sorted(str(v) for v in values) for key, values in info.items() if not isinstance(values, str)}
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,266 @@
+"""Proves an exported folder: inventory, bitwise round trip, reload in a clean process, logits against our model.
+
+Writes `verification.json` and `verification.md` beside the weights.
+"""
+
+import datetime
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from nemovl_train.convert.hf_export import MANIFEST
+from nemovl_train.convert.hf_import import HFFolder
+from nemovl_train.convert.mapping import stream_to_hf
+from nemovl_train.convert.names import constant_names, table
+from nemovl_train.convert.tensor_files import file_hash, raw_bytes, read_json
+from nemovl_train.exceptions import ConversionError
+
+TOLERANCE = 1e-4
+TIMEOUT_S = 3600
+PACKAGES = ("nemovl", "torch", "transformers", "safetensors", "megatron-core")
+# A clean process inherits only this: no tokens, no launcher's ranks, no Hugging Face settings.
+KEPT_VARIABLES = ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "TMPDIR", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+
+
+@dataclass
+class Check:
+    """Outcome of one check; `detail` holds what was measured, or what is wrong."""
+
+    name: str
+    ok: bool = True
+    detail: dict[str, Any] = field(default_factory=dict)
+
+
+def verify(hf_dir: Path, *, reference: Path | None = None, tolerance: float = TOLERANCE) -> dict[str, Any]:
+    """Verify a folder and write its verification card.
+
+    Args:
+        hf_dir: Folder of a VLM, a text model or a tower.
+        reference: Checkpoint, stage or run that the folder was exported from; every tensor is then compared with it
+            bitwise.
+        tolerance: Largest absolute difference of any logit or feature, both sides in float32.
+
+    Returns:
+        The card: `ok`, `kind`, `tensors`, `parameters`, `largest_difference`, `checks`, `versions`, `command`, `date`.
+    """
+    checks: list[Check] = []
+    card: dict[str, Any] = {
+        "ok": False,
+        "folder": hf_dir.resolve().name,
+        "command": f"nemovl convert verify {hf_dir}" + (f" --reference {reference}" if reference else ""),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "versions": _versions(),
+        "tolerance": tolerance,
+    }
+    with _check("inventory", checks) as inventory:
+        folder = HFFolder(hf_dir)
+        card |= _counts(folder)
+        inventory.detail = {"number format": str(folder.dtype).removeprefix("torch.")}
+    if inventory.ok:
+        with _check("files", checks) as files:
+            _check_files(hf_dir, files)
+        with _check("round trip", checks) as trip:
+            _check_round_trip(folder, trip)
+        if trip.ok and reference is not None:
+            with _check("reference", checks) as same:
+                _check_reference(folder, reference, same)
+        if trip.ok:
+            _check_in_clean_processes(hf_dir, folder, checks, tolerance)
+    card["checks"] = [vars(c) for c in checks]
+    card["largest_difference"] = max(
+        (v for c in checks if c.name == "logits" for v in c.detail.get("largest difference", {}).values()), default=None
+    )
+    card["ok"] = all(c.ok for c in checks)
+    (hf_dir / "verification.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    (hf_dir / "verification.md").write_text(card_text(card), encoding="utf-8")
+    return card
+
+
+@contextmanager
+def _check(name: str, checks: list[Check]) -> Iterator[Check]:
+    """Adds a check to the list; an error that a user can act on is its outcome, any other is a bug and passes through."""
+    check = Check(name)
+    checks.append(check)
+    try:
+        yield check
+    except ConversionError as error:
+        check.ok = False
+        check.detail["error"] = str(error)
+
+
+def _counts(folder: HFFolder) -> dict[str, Any]:
+    constants = set(constant_names(folder.kind).values())
+    sizes = [torch.Size(s.shape).numel() for n, s in folder.files.specs.items() if n not in constants]
+    return {"kind": folder.kind, "model": folder.config.name, "tensors": len(folder.files.specs), "parameters": sum(sizes)}
+
+
+def _check_files(hf_dir: Path, check: Check) -> None:
+    if not (hf_dir / MANIFEST).is_file():
+        check.detail["note"] = f"no {MANIFEST}: the folder was made elsewhere, there are no hashes to compare with"
+        return
+    listed: Mapping[str, str] = read_json(hf_dir / MANIFEST)["files"]
+    wrong = [n for n, h in listed.items() if not (hf_dir / n).is_file() or file_hash(hf_dir / n) != h]
+    check.detail["files"] = len(listed)
+    if wrong:
+        raise ConversionError(f"changed or missing since the export: {', '.join(wrong)}; export again")
+
+
+def _check_round_trip(folder: HFFolder, check: Check) -> None:
+    """Folder -> canonical -> folder, tensor by tensor, compared as bytes."""
+    entries = table(folder.config, folder.kind)
+    back = stream_to_hf(folder.tensors(), entries, state_dtype=folder.state_dtype)
+    count = 0
+    for name, tensor in back:
+        if raw_bytes(tensor) != raw_bytes(folder.files.read(name)):
+            raise ConversionError(f"{name} changes on the way to canonical form and back")
+        count += 1
+    check.detail["tensors equal bitwise"] = count
+
+
+def _check_reference(folder: HFFolder, reference: Path, check: Check) -> None:
+    """The folder holds the checkpoint's values, tensor by tensor, compared as bytes."""
+    from nemovl_train.convert.checkpoints import checkpoint_tensors
+
+    info, tensors = checkpoint_tensors(reference)
+    config = info.config
+    check.detail = dict(info.facts)
+    if config.language != folder.config.language or config.parts != folder.config.parts:
+        raise ConversionError(f"{reference} holds another model than the folder")
+    expected = dict(tensors)
+    for name, tensor in folder.tensors():
+        if name not in expected or raw_bytes(expected[name].to(tensor.dtype)) != raw_bytes(tensor):
+            raise ConversionError(f"{name} differs from {reference}")
+
+
+def _check_in_clean_processes(hf_dir: Path, folder: HFFolder, checks: list[Check], tolerance: float) -> None:
+    with tempfile.TemporaryDirectory(prefix="nemovl_verify_") as text:
+        work = Path(text)
+        with _check("reload", checks) as reload:
+            run_clean("nemovl_train.convert.reload_check", hf_dir, work)
+            reports = read_json(work / "theirs.json")["reports"]
+            reload.detail = {"classes": reports}
+            _compare_keys(reports, expected_reports(folder))
+        if reload.ok:
+            with _check("logits", checks) as logits:
+                run_clean("nemovl_train.convert.ours_check", hf_dir, work)
+                differences = _differences(work)
+                logits.detail = {"largest difference": differences}
+                too_large = {n: d for n, d in differences.items() if not d <= tolerance}
+                if too_large:
+                    raise ConversionError(f"differences above {tolerance}: {too_large}")
+
+
+def run_clean(module: str, hf_dir: Path, work: Path) -> None:
+    """Run one of our modules in a new process with a minimal environment and no network.
+
+    Raises:
+        ConversionError: It failed; the end of its error output is in the message.
+    """
+    package_root = Path(__file__).resolve().parents[2]
+    environment = {k: os.environ[k] for k in KEPT_VARIABLES if k in os.environ}
+    environment |= {
+        "PYTHONPATH": str(package_root),
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "HF_HOME": str(work / "hf_home"),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
+    # -P: the working folder is not on the module path, so no file there can pose as a module.
+    command = [sys.executable, "-P", "-m", module, str(hf_dir.resolve()), str(work)]
+    done = subprocess.run(
+        command, env=environment, cwd=work, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
+    if done.returncode != 0:
+        raise ConversionError(f"{module} ended with status {done.returncode}:\n{done.stderr[-2000:]}")
+
+
+def expected_reports(folder: HFFolder) -> dict[str, dict[str, list[str]]]:
+    """What each Transformers class must report for this folder: everything else is a defect.
+
+    The Omni class builds an embedder for pairs of video frames that this architecture lacks, and keeps the tower's
+    summary tokens as a buffer; it drops the pixel conditioner, because its processor normalises.
+    """
+    held = {short for short, name in constant_names(folder.kind).items() if name in folder.files.specs}
+    conditioner = ["input_conditioner.norm_mean", "input_conditioner.norm_std"]
+    out: dict[str, dict[str, list[str]]] = {}
+    if folder.kind != "vision":
+        out["language"] = {"missing_keys": [], "unexpected_keys": []}
+    if folder.kind != "language":
+        missing = [n for n in [*conditioner, "summary_idxs"] if n not in held]
+        out["vision"] = {"missing_keys": missing, "unexpected_keys": []}
+    if folder.kind == "vlm":
+        out["vlm"] = {
+            "missing_keys": ["vision_model.embeddings.video_patch_projection.weight"]
+            + ([] if "summary_idxs" in held else ["vision_model.summary_idxs"]),
+            "unexpected_keys": [f"vision_model.{n}" for n in conditioner if n in held],
+        }
+    return out
+
+
+def _compare_keys(reports: Mapping[str, Any], expected: Mapping[str, Mapping[str, list[str]]]) -> None:
+    problems = []
+    for part, wanted in expected.items():
+        found = reports[part]
+        for key in sorted(set(found) | set(wanted)):
+            # Besides missing and unexpected keys Transformers lists mismatched shapes and errors: there must be none.
+            if sorted(found.get(key, [])) != sorted(wanted.get(key, [])):
+                problems.append(f"{part}: {key} are {found.get(key, [])}, expected {wanted.get(key, [])}")
+    if problems:
+        raise ConversionError("\n".join(problems))
+
+
+def _differences(work: Path) -> dict[str, float]:
+    with safe_open(str(work / "ours.safetensors"), "pt") as ours, safe_open(str(work / "theirs.safetensors"), "pt") as theirs:
+        if set(ours.keys()) != set(theirs.keys()):
+            raise ConversionError(f"only one side computed {sorted(set(ours.keys()) ^ set(theirs.keys()))}")
+        out = {}
+        for name in sorted(ours.keys()):
+            mine, other = ours.get_tensor(name), theirs.get_tensor(name)
+            if mine.shape != other.shape:
+                raise ConversionError(f"{name}: ours is {list(mine.shape)}, Transformers' is {list(other.shape)}")
+            out[name] = float((mine - other).abs().max())
+    return out
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": sys.version.split()[0]}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except ModuleNotFoundError:  # PackageNotFoundError: run from a source tree that is not installed
+            found[package] = "not installed"
+    return found
+
+
+def card_text(card: Mapping[str, Any]) -> str:
+    """The verification card as Markdown."""
+    lines = [
+        f"# Verification of {card['folder']}: {'passed' if card['ok'] else 'FAILED'}",
+        "",
+        f"`{card['command']}` on {card['date']}",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {k} | {card[k]} |" for k in ("kind", "model", "tensors", "parameters") if k in card),
+        f"| largest difference | {card['largest_difference']} (allowed {card['tolerance']}) |",
+        *(f"| {k} | {v} |" for k, v in card["versions"].items()),
+        "",
+        "| check | result | |",
+        "|---|---|---|",
+    ]
+    for check in card["checks"]:
+        detail = json.dumps(check["detail"]).replace("|", "\\|")
+        lines.append(f"| {check['name']} | {'ok' if check['ok'] else 'FAILED'} | {detail} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,77 @@
+"""Greedy answers to a few held-out questions, with their pictures, for the report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from data_pipelines.config import DataConfig
+from data_pipelines.media.rules import RenderRules
+from data_pipelines.schema import content_items
+from data_pipelines.shards import Dataset, StoredSample
+from data_pipelines.tokenizer import TextTokenizer
+from nemovl_train.config.schema import RunConfig
+from nemovl_train.inference.generate import generate
+from nemovl_train.inference.prompt import Prompt, build_prompt
+from nemovl_train.model.vlm import NemotronVL
+from nemovl_train.parallel.layout import Layout
+
+MAX_NEW_TOKENS = 24
+MAX_PROMPT_TOKENS = 1024
+MAX_PICTURES = 4
+
+
+def write_predictions(
+    model: NemotronVL, config: RunConfig, data: DataConfig, tokenizer: TextTokenizer, layout: Layout, folder: Path
+) -> None:
+    """Answer the first few questions of every held-out set and write `predictions.json` beside their pictures."""
+    rules = RenderRules.from_config(data)
+    rows: list[dict[str, Any]] = []
+    for name, source in data.sources.items():
+        dataset = Dataset.open(source.path, source.split, rules=rules, tokenizer=tokenizer)
+        stored = [dataset.read(i) for i in range(min(config.evaluation.predictions, len(dataset)))]
+        dataset.close()
+        asked = [(s, build_prompt(s.record, s.media, tokenizer, rules)) for s in stored]
+        # Without a state cache an answer costs its prompt once per token: long documents are left to exact match.
+        asked = [(s, prompt) for s, prompt in asked if len(prompt.input_ids) <= MAX_PROMPT_TOKENS]
+        answers = generate(model, [p for _, p in asked], device=layout.device, max_new_tokens=MAX_NEW_TOKENS)
+        for (sample, prompt), answer in zip(asked, answers, strict=True):
+            rows.append(_row(name, sample, prompt, tokenizer.decode(answer, skip_special_tokens=True), folder, layout))
+    if layout.rank == 0:
+        (folder / "predictions.json").write_text(json.dumps(rows, indent=1))
+
+
+def _row(
+    source: str, sample: StoredSample, prompt: Prompt, answer: str, folder: Path, layout: Layout
+) -> dict[str, Any]:
+    key = str(sample.record["id"])
+    reference = _text(sample.record["messages"][-1])
+    pictures = _save_pictures(prompt.tiles[:MAX_PICTURES], folder, f"{source}_{key}") if layout.rank == 0 else []
+    return {
+        "source": source,
+        "key": key,
+        "question": "\n".join(_text(m) for m in sample.record["messages"][:-1]),
+        "reference": reference,
+        "prediction": answer.strip(),
+        "correct": answer.strip() == reference.strip(),
+        "images": pictures,
+    }
+
+
+def _text(message: Mapping[str, Any]) -> str:
+    return " ".join(item["text"] for item in content_items(message) if item["type"] == "text")
+
+
+def _save_pictures(tiles: torch.Tensor, folder: Path, stem: str) -> list[str]:
+    (folder / "predictions").mkdir(exist_ok=True)
+    names = []
+    for number, tile in enumerate(tiles):
+        name = f"predictions/{stem.replace('/', '_')}_{number}.png"
+        Image.fromarray(tile.permute(1, 2, 0).numpy()).save(folder / name)
+        names.append(name)
+    return names

@@ -1,0 +1,169 @@
+"""Held-out evaluation of a stage: loss and greedy exact match per dataset, and a few answers to look at.
+
+Exact match needs no generation. Greedy decoding writes the reference answer if and only if, with the reference fed in,
+the most likely token is the reference's at every position from where generation starts through the end-of-turn token.
+One forward pass over packed samples therefore scores them all.
+
+Shape suffixes: S tokens in a pack, V vocabulary rows.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data_pipelines.config import DataConfig, SourceConfig
+from data_pipelines.loader import heldout_packs
+from data_pipelines.schema import Pack
+from data_pipelines.tokenizer import TextTokenizer
+from nemovl_train.config.schema import RunConfig
+from nemovl_train.evaluation.predictions import write_predictions
+from nemovl_train.model.batch import PackBatch
+from nemovl_train.model.vlm import NemotronVL
+from nemovl_train.parallel.layout import Layout
+
+NO_REASONING = "<think></think>"
+
+
+@dataclass
+class Score:
+    """Sums over one dataset.
+
+    Attributes:
+        nats: Cross entropy summed over supervised tokens.
+        tokens: Supervised tokens.
+        matches: Samples whose greedy answer equals the reference.
+        samples: Samples scored.
+    """
+
+    nats: float = 0.0
+    tokens: int = 0
+    matches: int = 0
+    samples: int = 0
+
+    def add(self, other: Score) -> None:
+        """Add another pack's sums."""
+        self.nats += other.nats
+        self.tokens += other.tokens
+        self.matches += other.matches
+        self.samples += other.samples
+
+    def row(self) -> dict[str, float | int | None]:
+        """As it stands in `evaluation.json`; None where there is nothing to divide by."""
+        return {
+            "loss": self.nats / self.tokens if self.tokens else None,
+            "exact_match": self.matches / self.samples if self.samples else None,
+            "samples": self.samples,
+            "supervised_tokens": self.tokens,
+        }
+
+
+def evaluate_stage(model: NemotronVL, config: RunConfig, layout: Layout, folder: Path, step: int) -> dict[str, Any]:
+    """Score every held-out set and write `evaluation.json` and `predictions.json`. Collective.
+
+    Args:
+        model: The trained model.
+        config: The stage's config; `evaluation` says what to read.
+        layout: Owner of the process groups.
+        folder: The stage's folder.
+        step: Step that is evaluated.
+
+    Returns:
+        Contents of `evaluation.json`; empty when the config asks for no evaluation.
+    """
+    if not config.evaluation.sources:
+        return {}
+    began = time.perf_counter()
+    data = evaluation_data(config)
+    tokenizer = TextTokenizer(data.tokenizer)
+    model.eval()
+    rows = {name: score_source(model, data, name, config, layout, tokenizer).row() for name in data.sources}
+    if layout.tp == 1:
+        write_predictions(model, config, data, tokenizer, layout, folder)
+    model.train()
+    result = {"step": step, "seconds": time.perf_counter() - began, "sources": rows}
+    if layout.rank == 0:
+        work = folder / "evaluation.tmp"
+        work.write_text(json.dumps(result, indent=1))
+        work.replace(folder / "evaluation.json")
+    dist.barrier()
+    return result
+
+
+def evaluation_data(config: RunConfig) -> DataConfig:
+    """The run's data rules over the held-out splits, at the evaluation's own pack length."""
+    options = config.evaluation
+    sources = {name: SourceConfig(path=path, split=options.split) for name, path in options.sources.items()}
+    return replace(config.data, sources=sources, seq_length=options.seq_length, packing="sequential", num_workers=0)
+
+
+@torch.no_grad()
+def score_source(
+    model: NemotronVL, data: DataConfig, name: str, config: RunConfig, layout: Layout, tokenizer: TextTokenizer
+) -> Score:
+    """Score one dataset over all data parallel ranks. Collective."""
+    total = Score()
+    packs: Iterator[Pack] = heldout_packs(
+        data,
+        name,
+        tokens_per_tile=config.model.tokens_per_tile,
+        split=config.evaluation.split,
+        max_samples=config.evaluation.max_samples,
+        dp_rank=layout.dp_rank,
+        dp_size=layout.dp,
+    )
+    forced = tokenizer.encode_text(NO_REASONING)
+    for pack in packs:
+        total.add(score_pack(model, pack, layout, forced=forced, eos=config.model.tokens.eos))
+    sums = torch.tensor([total.nats, total.tokens, total.matches, total.samples], dtype=torch.float64)
+    sums = sums.to(layout.device)
+    dist.all_reduce(sums, group=layout.language_groups.dp)
+    nats, tokens, matches, samples = sums.tolist()
+    return Score(nats, int(tokens), int(matches), int(samples))
+
+
+def score_pack(model: NemotronVL, pack: Pack, layout: Layout, *, forced: list[int], eos: int) -> Score:
+    """Score the samples of one pack.
+
+    Args:
+        model: The model, in evaluation mode.
+        pack: Held-out samples.
+        layout: Owner of the device.
+        forced: Ids that a generation prompt ends with when reasoning is off; they are given, not generated.
+        eos: Id of the end of a turn; what follows it is not generated either.
+    """
+    positions = (pack.labels >= 0).nonzero()[:, 0]
+    if positions.numel() == 0:
+        return Score()
+    batch = PackBatch.from_pack(pack, layout.device)
+    logits_SV = model.logits(batch, positions.to(layout.device))
+    labels = pack.labels[positions]
+    nats = torch.nn.functional.cross_entropy(logits_SV, labels.to(layout.device), reduction="sum")
+    right = (logits_SV.argmax(-1).cpu() == labels)
+    documents = pack.seq_idx[positions]
+    matches = sum(
+        _answer_matches(right[documents == d], labels[documents == d], forced, eos) for d in documents.unique().tolist()
+    )
+    return Score(float(nats), positions.numel(), matches, int(documents.unique().numel()))
+
+
+def _answer_matches(right: Tensor, labels: Tensor, forced: list[int], eos: int) -> bool:
+    """Whether every generated position of every turn of a sample is right."""
+    ids = labels.tolist()
+    start = 0
+    while eos in ids[start:]:
+        end = ids.index(eos, start)
+        first = start + len(forced) if ids[start : start + len(forced)] == forced else start
+        if not bool(right[first : end + 1].all()):
+            return False
+        # The newline after the end of a turn is supervised, but generation has stopped there.
+        start = end + 2
+    return True

@@ -1,0 +1,50 @@
+"""Greedy answers by full recomputation: every new token runs the whole prompt again.
+
+Slow and simple. Prompts that are answered together share one pack, so a batch costs one forward pass a token, and
+nothing but the training forward pass is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from nemovl_train.inference.prompt import Prompt, pack_prompts
+from nemovl_train.model.batch import PackBatch
+from nemovl_train.model.vlm import NemotronVL
+
+
+@torch.no_grad()
+def generate(
+    model: NemotronVL, prompts: Sequence[Prompt], *, device: torch.device, max_new_tokens: int = 64
+) -> list[list[int]]:
+    """Most likely continuation of each prompt.
+
+    Args:
+        model: Model in evaluation mode.
+        prompts: Rendered questions.
+        device: Where the model lives.
+        max_new_tokens: Longest answer.
+
+    Returns:
+        New ids per prompt, without the end-of-turn token.
+    """
+    tokens = model.sizes.tokens
+    current = list(prompts)
+    answers: list[list[int]] = [[] for _ in prompts]
+    open_prompts = list(range(len(prompts)))
+    for _ in range(max_new_tokens):
+        if not open_prompts:
+            break
+        pack, last = pack_prompts([current[i] for i in open_prompts], pad=tokens.pad)
+        logits = model.logits(PackBatch.from_pack(pack, device), last.to(device))
+        still_open = []
+        for index, token in zip(open_prompts, logits.argmax(-1).tolist(), strict=True):
+            if token == tokens.eos:
+                continue
+            answers[index].append(token)
+            current[index] = current[index].extended(token)
+            still_open.append(index)
+        open_prompts = still_open
+    return answers

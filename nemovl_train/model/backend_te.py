@@ -1,0 +1,65 @@
+"""Leaf modules of the `te` backend. Imported only where Transformer Engine and CUDA are there."""
+
+import torch
+import transformer_engine.pytorch as te
+from megatron.core.extensions.transformer_engine import (
+    TEColumnParallelLinear,
+    TEDotProductAttention,
+    TERowParallelLinear,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+
+from nemovl_train.model.backend import Backend
+
+
+class _NoExtraState:
+    """Takes Transformer Engine's `_extra_state` entries out of state dicts.
+
+    They hold amax histories of delayed FP8 scaling, which we do not use (our FP8 is block-wise, without history), and
+    would make checkpoint keys depend on the backend. `nn.Module` writes the entry only where the class overrides these.
+    """
+
+    get_extra_state = nn.Module.get_extra_state
+    set_extra_state = nn.Module.set_extra_state
+
+
+class PlainColumnParallelLinear(_NoExtraState, TEColumnParallelLinear):
+    """megatron-core's Transformer Engine linear, rows split."""
+
+
+class PlainRowParallelLinear(_NoExtraState, TERowParallelLinear):
+    """megatron-core's Transformer Engine linear, columns split."""
+
+
+class PlainAttention(_NoExtraState, TEDotProductAttention):
+    """megatron-core's Transformer Engine attention."""
+
+
+class PlainRMSNorm(_NoExtraState, te.RMSNorm):
+    """Transformer Engine's RMSNorm."""
+
+
+class PlainLayerNorm(_NoExtraState, te.LayerNorm):
+    """Transformer Engine's LayerNorm."""
+
+
+def te_norm(config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> nn.Module:
+    """The norm that `config.normalization` names; its parameters carry `sequence_parallel` for the gradient sum."""
+    norm = {"RMSNorm": PlainRMSNorm, "LayerNorm": PlainLayerNorm}[config.normalization]
+    return norm(
+        hidden_size,
+        eps=eps,
+        sequence_parallel=config.sequence_parallel,
+        params_dtype=config.params_dtype,
+        device=torch.cuda.current_device(),
+    )
+
+
+TE = Backend(
+    name="te",
+    norm=te_norm,
+    column_linear=PlainColumnParallelLinear,
+    row_linear=PlainRowParallelLinear,
+    core_attention=PlainAttention,
+)

@@ -1,0 +1,119 @@
+"""One pack on the device.
+
+Shape suffixes: S tokens in a pack, T tiles, P tile side in pixels, N documents.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from data_pipelines.schema import Pack
+from nemovl_train.exceptions import DataError
+from nemovl_train.model.packing import PackParams
+
+
+@dataclass(frozen=True, eq=False)
+class PackBatch:
+    """Device tensors of one pack, and the pack itself for what is cheaper to know on the host.
+
+    Attributes:
+        pack: The pack on the host. Checks read it, so that they never wait for the device.
+        input_ids: [S] int64, one image token per visual feature.
+        labels: [S] int64, the token to predict at each position; -100 where there is none.
+        loss_weight: [S] float32, 0 where unsupervised.
+        position_ids: [S] int64, restarting with every sample.
+        params: Document boundaries as the layers take them.
+        tiles: [T, 3, P, P] uint8.
+        tile_token_start: [T] int64, position of each tile's first image token.
+    """
+
+    pack: Pack
+    input_ids: Tensor
+    labels: Tensor
+    loss_weight: Tensor
+    position_ids: Tensor
+    params: PackParams
+    tiles: Tensor
+    tile_token_start: Tensor
+
+    @classmethod
+    def from_pack(cls, pack: Pack, device: torch.device | str) -> PackBatch:
+        """Copy a pack to the device, asynchronously where its memory is pinned.
+
+        Args:
+            pack: Pack on the host.
+            device: Where the model lives.
+        """
+
+        def put(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        return cls(
+            pack=pack,
+            input_ids=put(pack.input_ids),
+            labels=put(pack.labels),
+            loss_weight=put(pack.loss_weight),
+            position_ids=put(pack.position_ids),
+            params=PackParams.from_boundaries(put(pack.cu_seqlens), put(pack.seq_idx)[None], pack.max_seqlen),
+            tiles=put(pack.tiles),
+            tile_token_start=put(pack.tile_token_start),
+        )
+
+    def scaled(self, factor: float) -> PackBatch:
+        """The same batch with its loss weights multiplied by `factor`."""
+        return replace(self, loss_weight=self.loss_weight * factor)
+
+    def check_tiles(self, image_token: int, tokens_per_tile: int, tile_size: int) -> None:
+        """Refuse a pack whose image tokens and tiles do not belong together.
+
+        Args:
+            image_token: Id of `<image>`.
+            tokens_per_tile: Visual features of a tile.
+            tile_size: Side of the tower's tiles in pixels.
+
+        Raises:
+            DataError: Tiles of another size; a sample has more or fewer image tokens than its tiles have features; or
+                they are elsewhere than `tile_token_start` says.
+        """
+        pack = self.pack
+        if pack.tiles.shape[0] != pack.tile_token_start.shape[0]:
+            raise DataError(
+                f"the pack with samples {list(pack.sample_keys)} has {pack.tiles.shape[0]} tiles but "
+                f"{pack.tile_token_start.shape[0]} starts of tiles. Build the pack again."
+            )
+        if pack.tiles.shape[0] and tuple(pack.tiles.shape[1:]) != (3, tile_size, tile_size):
+            raise DataError(
+                f"the tiles of samples {list(pack.sample_keys)} have shape {list(pack.tiles.shape[1:])}, the vision "
+                f"tower takes [3, {tile_size}, {tile_size}]; set data.tile_size={tile_size}"
+            )
+        found = (pack.input_ids == image_token).nonzero()[:, 0]
+        starts = pack.tile_token_start.sort().values
+        if not torch.equal(found, (starts[:, None] + torch.arange(tokens_per_tile)).flatten()):
+            self._refuse_image_tokens(found, starts.clamp(0, len(pack.input_ids) - 1), image_token, tokens_per_tile)
+
+    def _refuse_image_tokens(self, found: Tensor, starts: Tensor, image_token: int, tokens_per_tile: int) -> NoReturn:
+        """Name the first sample whose counts differ, or the pack if only the places do."""
+        seq_idx = self.pack.seq_idx
+        documents = int(seq_idx.max()) + 1
+        tokens_N = torch.bincount(seq_idx[found], minlength=documents)
+        tiles_N = torch.bincount(seq_idx[starts], minlength=documents)
+        for document in (tokens_N != tiles_N * tokens_per_tile).nonzero()[:, 0].tolist():
+            tiles = int(tiles_N[document])
+            raise DataError(
+                f"sample {self._sample_key(document)!r} has {int(tokens_N[document])} image tokens (id {image_token}) "
+                f"but {tiles} tiles, which give {tiles * tokens_per_tile} visual features ({tokens_per_tile} a tile). "
+                "Remove literal image tags from its text, or build the pack again for this model's tile size."
+            )
+        raise DataError(
+            f"the image tokens (id {image_token}) of the pack with samples {list(self.pack.sample_keys)} are not where "
+            "tile_token_start says. Build the pack again."
+        )
+
+    def _sample_key(self, document: int) -> str:
+        """Key of a document's sample; the document after the last sample is the padding tail."""
+        keys = self.pack.sample_keys
+        return keys[document] if document < len(keys) else "padding"

@@ -1,0 +1,251 @@
+"""The vision-language model: tower, projector and hybrid language model, joined by one placeholder per visual feature.
+
+`input_ids` already hold one image token for each visual feature, so that lengths, masks and document boundaries are
+known before the model runs: features replace rows of the embedding, nothing is expanded.
+
+    tiles [T, 3, P, P] --tower--> [T, K, 4 D] --projector--> [T, K, H]
+    input_ids [S] --embedding--> [S, 1, H] --rows at image tokens replaced--> hybrid stack --> cross entropy [S]
+
+Shape suffixes: S tokens in a pack, T tiles, P tile side in pixels, K visual tokens of a tile, D tower width,
+H language model width, V vocabulary rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemovl_train.config.schema import PARTS, ModelConfig
+from nemovl_train.exceptions import ConfigError, DataError
+from nemovl_train.model.backend import Backend, select_backend
+from nemovl_train.model.batch import PackBatch
+from nemovl_train.model.init import init_weights
+from nemovl_train.model.language import LanguageModel, build_language_model
+from nemovl_train.model.projector import Projector
+from nemovl_train.model.vision import build_vision_tower
+from nemovl_train.parallel.layout import Layout
+
+# isort: split
+# The backend module makes megatron-core importable without CUDA, so it comes first.
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.module import MegatronModule
+
+ATTRIBUTES = {"vision": "vision_model", "projector": "projector", "language": "language_model"}
+"""Attribute, and prefix of parameter names, of each part."""
+
+
+class NemotronVL(MegatronModule):
+    """Any of the three parts, and how they join. Absent parts are None.
+
+    Args:
+        config: Sizes.
+        layout: Owner of the process groups.
+        params_dtype: Dtype of the weights; A_log and D stay float32.
+        backend: Provider of the leaf modules.
+        parts: Parts to build.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layout: Layout,
+        *,
+        params_dtype: torch.dtype,
+        backend: Backend,
+        parts: Sequence[str],
+    ) -> None:
+        built: dict[str, MegatronModule] = {}
+        if "vision" in parts:
+            built["vision"] = build_vision_tower(config.vision, layout, params_dtype, backend)
+        if "projector" in parts:
+            built["projector"] = Projector(config, layout, params_dtype, backend)
+        if "language" in parts:
+            built["language"] = build_language_model(
+                config.language, layout, params_dtype=params_dtype, backend=backend
+            )
+        # megatron-core's schedule and DDP ask the whole model for one config; the language model's is the widest.
+        super().__init__(list(built.values())[-1].config)
+        self.sizes = config
+        self.layout = layout
+        self.vision_model = built.get("vision")
+        self.projector = built.get("projector")
+        self.language_model = built.get("language")
+        self.model_type = ModelType.encoder_or_decoder
+
+    def part_modules(self) -> dict[str, MegatronModule]:
+        """The parts that are there, by name."""
+        parts = {part: getattr(self, attribute) for part, attribute in ATTRIBUTES.items()}
+        return {part: module for part, module in parts.items() if module is not None}
+
+    def freeze(self, train: Sequence[str]) -> None:
+        """Let only the named parts have gradients. Call it before DDP or an optimizer sees the parameters.
+
+        Args:
+            train: Parts that train.
+
+        Raises:
+            ConfigError: A part is unknown or not in this model.
+        """
+        parts = self.part_modules()
+        problems = [
+            f"trainer.train names {part!r}, but the model has {', '.join(parts)}; remove it"
+            for part in train
+            if part not in parts
+        ]
+        if problems:
+            raise ConfigError(problems)
+        for part, module in parts.items():
+            module.requires_grad_(part in train)
+
+    def encode_tiles(self, tiles_T3PP: Tensor) -> Tensor:
+        """Visual features in the language model's embedding space.
+
+        Args:
+            tiles_T3PP: [T, 3, P, P] uint8.
+
+        Returns:
+            [T, K, H].
+        """
+        assert self.vision_model is not None, "this model has no vision part"
+        assert self.projector is not None, "this model has no projector"
+        trained = any(parameter.requires_grad for parameter in self.vision_model.parameters())
+        # Nothing is below the tower, so a frozen one needs no graph and keeps no activations.
+        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+            features = self.vision_model.encode(tiles_T3PP)
+        return self.projector(features)
+
+    def forward(self, batch: PackBatch) -> Tensor:
+        """Cross entropy of every position, in nats; 0 where there is no label.
+
+        Args:
+            batch: One pack.
+
+        Returns:
+            [S] float32.
+
+        Raises:
+            DataError: Image tokens and tiles do not belong together.
+        """
+        losses = self._language()(batch.input_ids, batch.params, batch.labels, self._embeddings(batch))
+        if self.training and torch.is_grad_enabled() and not losses.requires_grad:
+            # Nothing that trains took part (projector warm-up meets a pack without images). The trainer still runs a
+            # backward pass, since other ranks do: let it end here, with no gradient for anyone.
+            losses.requires_grad_()
+        return losses
+
+    def logits(self, batch: PackBatch, positions_M: Tensor | None = None) -> Tensor:
+        """Logits of every position, or of some.
+
+        Args:
+            batch: One pack.
+            positions_M: [M] int64, positions that are asked for; all of them when None. Needs every row on this rank,
+                so it does not go with sequence parallelism.
+
+        Returns:
+            [S, V] or [M, V] float32.
+
+        Raises:
+            DataError: Image tokens and tiles do not belong together.
+        """
+        language = self._language()
+        hidden = language.hidden_states(self._embeddings(batch), batch.params)
+        if positions_M is not None:
+            assert not self.layout.sequence_parallel, "positions are of the whole pack"
+            hidden = hidden.index_select(0, positions_M)
+        return language.logits(hidden)
+
+    def _language(self) -> LanguageModel:
+        assert self.language_model is not None, "this model has no language part"
+        return self.language_model
+
+    def _embeddings(self, batch: PackBatch) -> Tensor:
+        """Token embeddings [S, 1, H], rows at image tokens replaced by visual features. Checks the batch first."""
+        vision, tokens = self.sizes.vision, self.sizes.tokens_per_tile
+        batch.check_tiles(self.sizes.tokens.image, tokens, vision.tile_size)
+        embeddings = self._language().embed(batch.input_ids)
+        if not batch.tiles.shape[0]:
+            return embeddings  # the tower does not run: image-free packs, ranks and stages cost nothing for it
+        if self.vision_model is None or self.projector is None:
+            raise DataError(
+                f"the pack with samples {list(batch.pack.sample_keys)} has {batch.tiles.shape[0]} tiles, but this "
+                "model has no vision tower and projector; use text-only data"
+            )
+        features = self.encode_tiles(batch.tiles)
+        if features.requires_grad and self.layout.tp > 1:
+            # Every tensor parallel rank holds the whole gradient, and tower and projector sum theirs over all ranks.
+            features.register_hook(lambda gradient: gradient / self.layout.tp)
+        rows = (batch.tile_token_start[:, None] + torch.arange(tokens, device=batch.tiles.device)).flatten()
+        return embeddings.index_copy(0, rows, features.flatten(0, 1).unsqueeze(1))
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """Part of the protocol of megatron-core's schedules; there is no pipeline stage before this model."""
+        assert input_tensor is None or input_tensor == [None]
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Tensors for a distributed checkpoint, each under its parameter name.
+
+        Tower and projector are replicas on all ranks, the language model is sharded over tensor parallel ranks and
+        replicated over the rest: each part tells its copies apart by its own groups.
+
+        Args:
+            prefix: Put in front of every name.
+            sharded_offsets: Passed through.
+            metadata: Options of megatron-core's checkpointing, completed per part.
+        """
+        state: dict[str, Any] = {}
+        for part, module in self.part_modules().items():
+            groups = self.layout.language_groups if part == "language" else self.layout.vision_groups
+            # Without the second entry megatron-core would stack the tower's layers into one tensor.
+            own = {**(metadata or {}), "dp_cp_group": groups.dp_cp, "non_homogeneous_layers": True}
+            state |= module.sharded_state_dict(f"{prefix}{ATTRIBUTES[part]}.", sharded_offsets, own)
+        # Plain linears write empty entries there, Transformer Engine's would hold FP8 histories that we do not use.
+        return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
+
+
+def build_model(
+    config: ModelConfig,
+    layout: Layout,
+    *,
+    params_dtype: torch.dtype,
+    backend: str = "auto",
+    parts: Sequence[str] | None = None,
+    seed: int = 1234,
+) -> NemotronVL:
+    """Build the model, or some of its parts, on this process's device with initial weights.
+
+    Every value depends on the seed and the parameter's name alone: not on the layout, nor on which parts are built.
+
+    Args:
+        config: Sizes.
+        layout: Owner of the process groups.
+        params_dtype: Dtype of the weights; A_log and D stay float32.
+        backend: `torch`, `te` or `auto`.
+        parts: Parts to build; `config.parts` when None.
+        seed: Seed of the initial weights.
+
+    Raises:
+        UserError: The backend is unknown or cannot run here.
+    """
+    parts = config.parts if parts is None else parts
+    assert set(parts) <= set(PARTS), f"parts are some of {PARTS}, not {parts}"
+    model = NemotronVL(config, layout, params_dtype=params_dtype, backend=select_backend(backend), parts=parts)
+    model.to(layout.device)  # megatron-core makes some of the tower's parameters on the CPU
+    # Additions to the residual stream of each part: their number scales the projections that feed it.
+    additions = {"vision": 2 * config.vision.num_layers, "projector": 1, "language": config.language.num_layers}
+    for part, module in model.part_modules().items():
+        groups = layout.language_groups if part == "language" else layout.vision_groups
+        init_weights(
+            module,
+            seed=seed,
+            std=config.language.init_std,
+            prefix=f"{ATTRIBUTES[part]}.",
+            residual_additions=additions[part],
+            tp_size=groups.tp.size(),
+            tp_rank=groups.tp.rank(),
+        )
+    return model

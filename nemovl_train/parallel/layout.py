@@ -1,0 +1,138 @@
+"""The one owner of process groups, sizes and ranks. No other module asks megatron-core's `parallel_state`."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from nemovl_train.config.schema import LanguageConfig, ParallelConfig
+from nemovl_train.exceptions import LayoutError
+from nemovl_train.parallel import cpu
+from nemovl_train.parallel.legality import layout_problems
+
+cpu.install_if_no_cuda()
+
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
+
+_TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+# megatron-core wants its generator tracker seeded before sequence parallel layers run. Nothing draws from it: initial
+# weights are keyed by name (model/init.py) and no layer drops out.
+_TRACKER_SEED = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Sizes, ranks and groups of a run.
+
+    Ranks are numbered tensor parallel first, then context parallel, then data parallel. Tower and projector are data
+    parallel over every process: their groups have TP 1, CP 1, DP = `world_size`.
+
+    Attributes:
+        language_groups: Groups of the language model, its DDP, optimizer and checkpoints.
+        vision_groups: The same for tower and projector.
+        device: Where this process computes: its CUDA device, or the CPU.
+    """
+
+    world_size: int
+    rank: int
+    tp: int
+    cp: int
+    dp: int
+    tp_rank: int
+    cp_rank: int
+    dp_rank: int
+    sequence_parallel: bool
+    language_groups: ProcessGroupCollection
+    vision_groups: ProcessGroupCollection
+    device: torch.device
+
+    @classmethod
+    def create(cls, parallel: ParallelConfig, language: LanguageConfig | None = None) -> "Layout":
+        """Joins the processes and makes the groups. Collective: every process calls it with equal arguments.
+
+        Starts torch.distributed when it is not running: NCCL with CUDA, gloo without; one process needs no launcher.
+
+        Args:
+            parallel: Sizes of the axes.
+            language: Model whose widths have to divide by them, when it is known.
+
+        Raises:
+            LayoutError: The sizes do not fit the number of processes or the model.
+        """
+        device = _start_distributed()
+        world_size = dist.get_world_size()
+        problems = layout_problems(parallel, world_size, language)
+        if problems:
+            raise LayoutError("\n".join(problems))
+        assert not parallel_state.model_parallel_is_initialized(), "Layout.destroy() comes before the next create()"
+        if parallel.sequence_parallel:
+            # Not used by the layers themselves on Hopper and later, but megatron-core refuses to run without it.
+            os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tp,
+            context_parallel_size=parallel.cp,
+            create_gloo_process_groups=False,
+        )
+        model_parallel_cuda_manual_seed(_TRACKER_SEED, force_reset_rng=True)
+        return cls(
+            world_size=world_size,
+            rank=dist.get_rank(),
+            tp=parallel.tp,
+            cp=parallel.cp,
+            dp=world_size // (parallel.tp * parallel.cp),
+            tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+            cp_rank=parallel_state.get_context_parallel_rank(),
+            dp_rank=parallel_state.get_data_parallel_rank(),
+            sequence_parallel=parallel.sequence_parallel,
+            language_groups=ProcessGroupCollection.use_mpu_process_groups(),
+            vision_groups=_vision_groups(),
+            device=device,
+        )
+
+    def destroy(self) -> None:
+        """Frees the groups, so that `create` can make others in the same process. Collective.
+
+        torch.distributed itself stays up: its rendezvous cannot be repeated under a launcher. `shutdown` ends it.
+        """
+        groups = {id(g): g for c in (self.language_groups, self.vision_groups) for g in vars(c).values() if g is not None}
+        parallel_state.destroy_model_parallel()
+        for group in groups.values():
+            if not isinstance(group, list) and group is not dist.group.WORLD:
+                dist.destroy_process_group(group)
+
+
+def shutdown() -> None:
+    """Ends torch.distributed at the end of a process."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _start_distributed() -> torch.device:
+    """Picks this process's device and starts torch.distributed if it is not running."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        if all(name in os.environ for name in _TORCHRUN_VARIABLES):
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return device
+
+
+def _vision_groups() -> ProcessGroupCollection:
+    """Groups of a part that is replicated: a new one over all processes for data, a group of one for all else."""
+    everyone = dist.new_group(list(range(dist.get_world_size())), group_desc="VISION_DATA_PARALLEL_GROUP")
+    alone = parallel_state.get_pipeline_model_parallel_group()  # always this process only: we do not use pipelines
+    data = ("dp", "dp_cp", "dp_cp_gtp_remat", "intra_dp_cp", "tp_dp_cp", "intra_dist_opt")
+    data += ("expt_dp", "expt_dp_gtp_remat", "intra_expt_dp")
+    model = ("tp", "pp", "mp", "cp", "tp_cp", "embd", "pos_embd", "gtp_remat")
+    model += ("ep", "expt_tp", "tp_ep", "tp_ep_pp", "tp_ep_pp_with_egtp_remat", "expt_gtp_remat")
+    return ProcessGroupCollection(**dict.fromkeys(data, everyone), **dict.fromkeys(model, alone))

@@ -1,0 +1,65 @@
+"""Which parallel layouts a model and a number of processes allow. Imports neither torch nor megatron-core."""
+
+from collections.abc import Iterable
+
+from nemovl_train.config.schema import LanguageConfig, ParallelConfig
+
+
+def layout_problems(
+    parallel: ParallelConfig, world_size: int, language: LanguageConfig | None = None
+) -> list[str]:
+    """Names every reason why a layout cannot run, each with the nearest legal value.
+
+    Args:
+        parallel: Sizes asked for.
+        world_size: Processes of the run.
+        language: Model whose heads, groups and widths tensor parallelism has to divide; unchecked when None.
+
+    Returns:
+        One sentence per problem; empty when the layout is legal.
+    """
+    problems = []
+    for key, value in (("parallel.tp", parallel.tp), ("parallel.cp", parallel.cp)):
+        if value < 1:
+            problems.append(f"{key}={value} must be at least 1; set {key}=1")
+    if problems:
+        return problems
+    if parallel.cp > 1:
+        problems.append(
+            f"parallel.cp={parallel.cp}: context parallelism is not available in this version; set parallel.cp=1"
+        )
+    product = parallel.tp * parallel.cp
+    if world_size % product:
+        legal = _nearest(parallel.tp, (d for d in range(1, world_size + 1) if world_size % (d * parallel.cp) == 0))
+        advice = f"set parallel.tp={legal}" if legal else f"start a multiple of {product} processes"
+        problems.append(
+            f"parallel.tp={parallel.tp} x parallel.cp={parallel.cp} = {product} does not divide the "
+            f"{world_size} processes; {advice}"
+        )
+    if parallel.sequence_parallel and parallel.tp == 1:
+        problems.append("parallel.sequence_parallel=true needs parallel.tp > 1; set parallel.sequence_parallel=false")
+    if language is not None:
+        problems += _width_problems(parallel.tp, language)
+    return problems
+
+
+def _width_problems(tp: int, language: LanguageConfig) -> list[str]:
+    """Widths that tensor parallelism splits; the smallest common divisor set decides the nearest legal size."""
+    split = {
+        "num_attention_heads": language.num_attention_heads,
+        "num_query_groups": language.num_query_groups,
+        "mamba_num_heads": language.mamba_num_heads,
+        "mamba_num_groups": language.mamba_num_groups,
+        "ffn_hidden_size": language.ffn_hidden_size,
+        "vocab_size": language.vocab_size,
+    }
+    bad = [f"{name}={value}" for name, value in split.items() if value % tp]
+    if not bad:
+        return []
+    largest = min(split.values())
+    legal = _nearest(tp, (d for d in range(1, largest + 1) if not any(v % d for v in split.values())))
+    return [f"parallel.tp={tp} does not divide model.language {', '.join(bad)}; set parallel.tp={legal}"]
+
+
+def _nearest(wanted: int, legal: Iterable[int]) -> int | None:
+    return min(legal, key=lambda value: (abs(value - wanted), value), default=None)

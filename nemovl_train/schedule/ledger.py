@@ -1,0 +1,84 @@
+"""`schedule.json`: which stages a chain has, how far each is, and whose weights it started from."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from nemovl_train.exceptions import ConfigError
+
+FORMAT_VERSION = 1
+PENDING, RUNNING, DONE = "pending", "running", "done"
+
+
+@dataclass
+class StageEntry:
+    """One stage of a chain.
+
+    Attributes:
+        name: Folder of the stage.
+        recipe: Recipe it is made from.
+        state: `pending`, `running` or `done`.
+        parent: Checkpoint whose weights it started from, relative to the run folder.
+        checkpoint: Its last checkpoint, relative to the run folder; None until it is done.
+    """
+
+    name: str
+    recipe: str
+    state: str = PENDING
+    parent: str | None = None
+    checkpoint: str | None = None
+
+
+@dataclass
+class Ledger:
+    """The chain's record. The checkpoints decide what is done; the ledger tells people and reports.
+
+    Attributes:
+        path: Where `schedule.json` lives.
+        stages: Entries in order.
+    """
+
+    path: Path
+    stages: list[StageEntry] = field(default_factory=list)
+
+    @classmethod
+    def open(cls, path: Path, stages: list[StageEntry]) -> Ledger:
+        """Start a record, or take up the one that is there.
+
+        Raises:
+            ConfigError: The folder holds a chain of other stages.
+        """
+        if path.is_file():
+            found = json.loads(path.read_text())
+            if found.get("format_version") != FORMAT_VERSION:
+                raise ConfigError(
+                    [f"{path}: format {found.get('format_version')}, this version reads {FORMAT_VERSION}"]
+                )
+            entries = [StageEntry(**entry) for entry in found["stages"]]
+            old, new = [(e.name, e.recipe) for e in entries], [(e.name, e.recipe) for e in stages]
+            if old != new:
+                raise ConfigError(
+                    [f"{path.parent} holds another schedule: {old}, this one has {new}", "choose another run.name"]
+                )
+            return cls(path, entries)
+        ledger = cls(path, stages)
+        ledger.write()
+        return ledger
+
+    def update(self, entry: StageEntry, **changes: str | None) -> None:
+        """Change an entry and write the record."""
+        for name, value in changes.items():
+            setattr(entry, name, value)
+        self.write()
+
+    def write(self) -> None:
+        """Replace the file in one move; only the first process writes."""
+        if int(os.environ.get("RANK", "0")) != 0:
+            return
+        work = self.path.with_suffix(".tmp")
+        work.parent.mkdir(parents=True, exist_ok=True)
+        work.write_text(json.dumps({"format_version": FORMAT_VERSION, "stages": [asdict(e) for e in self.stages]}, indent=1))
+        work.replace(self.path)

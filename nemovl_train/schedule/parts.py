@@ -1,0 +1,107 @@
+"""What a chain starts from: two pretrained parts in Hugging Face layout, imported and joined into one checkpoint."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from data_pipelines.config import DataConfig, SourceConfig
+from data_pipelines.demo.make import make_demo
+from data_pipelines.demo.tokenizer import base_tokenizer
+from data_pipelines.loader import heldout_packs
+from nemovl_train.checkpoint import sealed
+from nemovl_train.config.compose import compose_run
+from nemovl_train.config.schema import ModelConfig, ScheduleConfig
+from nemovl_train.convert.checkpoints import canonical_state, checkpoint_tensors, load_tensors, single_process_model
+from nemovl_train.convert.hf_export import export_canonical
+from nemovl_train.convert.hf_import import join_parts
+from nemovl_train.exceptions import ConfigError
+from nemovl_train.schedule.tiny_tower import pretrain_tower
+from nemovl_train.training import trainer
+
+log = logging.getLogger(__name__)
+
+TOWER_SOURCES = ("digits_read", "digits_count", "ocr_line", "chart_qa", "image_pair")
+PICTURES_PER_SOURCE = 1000
+
+
+def prepare_parts(config: ScheduleConfig, root: Path) -> Path:
+    """Make what is missing and join the parts.
+
+    Args:
+        config: The schedule.
+        root: Its run folder.
+
+    Returns:
+        Checkpoint with the joined weights, the parent of the first stage.
+    """
+    folder = root / "parts" / "joined" / "checkpoints"
+    done = sealed.latest(folder)
+    if done is not None:
+        return done
+    if config.parts.make == "tiny":
+        make_demo(root / "data", seed=config.seed)
+        _make_language(config, root)
+        _make_vision(config, root)
+        language, vision = root / "parts" / "language_hf", root / "parts" / "vision_hf"
+    else:
+        language, vision = Path(config.parts.language), Path(config.parts.vision)
+        for key, path in (("parts.language", language), ("parts.vision", vision)):
+            if not (path / "config.json").is_file():
+                raise ConfigError([f"{key}={str(path)!r} is not a Hugging Face folder: config.json is missing"])
+    return _join(config, language, vision, folder)
+
+
+def _join(config: ScheduleConfig, language: Path, vision: Path, folder: Path) -> Path:
+    """One checkpoint from both parts; the projector, which neither has, keeps its initial weights."""
+    tensors = join_parts(language, vision, config=config.model)
+    with single_process_model(config.model, torch.float32, seed=config.seed) as model:
+        load_tensors(model, tensors, may_lack=("projector.",))
+        state = {"model": asdict(config.model), "dtype": "float32", "source": f"{language.name} + {vision.name}"}
+        return sealed.save(folder, 0, model=model, optimizer=None, state=state, run_id=f"{config.run.name}/parts")
+
+
+def _make_language(config: ScheduleConfig, root: Path) -> None:
+    """Pretrain the text-only language model with the ordinary trainer and write it as a Hugging Face folder."""
+    out = root / "parts" / "language_hf"
+    if out.exists():
+        return
+    run = compose_run("tiny/parts/language", values={"run.root": config.run.root, "run.name": config.run.name})
+    code = trainer.run(run)
+    if code != trainer.EXIT_DONE:
+        raise SystemExit(code)
+    base_tokenizer(root / "data" / "tokenizer", root / "parts" / "tokenizer")
+    checkpoint = trainer.resolve_checkpoint(Path(run.run.root) / run.run.name / run.run.stage)
+    model, tensors, facts = checkpoint_tensors(checkpoint)
+    export_canonical(tensors, model, out, kind="language", tokenizer=root / "parts" / "tokenizer", card=facts)
+
+
+def _make_vision(config: ScheduleConfig, root: Path) -> None:
+    """Pretrain the tower on unlabelled pictures and write it as a Hugging Face folder."""
+    out = root / "parts" / "vision_hf"
+    if out.exists():
+        return
+    model_config = replace(config.model, parts=("vision",))
+    pictures = _pictures(config.model, root)
+    with single_process_model(model_config, torch.float32, seed=config.seed) as model:
+        assert model.vision_model is not None
+        error = pretrain_tower(model.vision_model, pictures, seed=config.seed)
+        log.info("tower pretrained: squared error %.3f of the pixels' variance", error)
+        facts = {"data": list(TOWER_SOURCES), "objective": "reconstruction of hidden patches; no labels"}
+        export_canonical(canonical_state(model).items(), model_config, out, kind="vision", tokenizer=None, card=facts)
+
+
+def _pictures(model: ModelConfig, root: Path) -> torch.Tensor:
+    """Tiles of the training splits, [T, 3, P, P] uint8."""
+    data = DataConfig(
+        sources={name: SourceConfig(path=str(root / "data" / name)) for name in TOWER_SOURCES},
+        tokenizer=str(root / "data" / "tokenizer"),
+        tile_size=model.vision.tile_size,
+        seq_length=1024,
+        packing="sequential",
+    )
+    packs = heldout_packs(data, tokens_per_tile=model.tokens_per_tile, split="train", max_samples=PICTURES_PER_SOURCE)
+    return torch.cat([pack.tiles for pack in packs])

@@ -1,0 +1,96 @@
+"""`metrics.jsonl` and `events.jsonl`: one JSON object a line, rank 0 only."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from nemovl_train.training.callbacks.base import Callback
+
+if TYPE_CHECKING:
+    from nemovl_train.training.step import StepResult
+    from nemovl_train.training.trainer import Trainer
+
+
+def truncate_after(path: Path, step: int) -> None:
+    """Drop lines of steps that a restart is going to take again, and a last line that was cut off.
+
+    Args:
+        path: A `metrics.jsonl`.
+        step: Last step that counts.
+    """
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if row["step"] > step:
+            break
+        kept.append(line)
+    replacement = path.with_suffix(".tmp")
+    replacement.write_text("".join(f"{line}\n" for line in kept))
+    replacement.replace(path)
+
+
+class MetricsFile(Callback):
+    """Writes every step's numbers.
+
+    Args:
+        folder: The stage's folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.metrics: IO[str] | None = None
+
+    def on_start(self, trainer: Trainer) -> None:
+        path = self.folder / "metrics.jsonl"
+        truncate_after(path, trainer.state.step)
+        self.metrics = path.open("a", buffering=1)
+        self._event(trainer, "start", parent=trainer.state.parent, resumed_from_step=trainer.state.step)
+
+    def on_step(self, trainer: Trainer, result: StepResult, *, lr: float, data_seconds: float) -> None:
+        state = trainer.state
+        elapsed = result.seconds + data_seconds
+        row = {
+            "step": state.step,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": lr,
+            "applied": result.applied,
+            "tokens": result.tokens,
+            "supervised_tokens": result.supervised,
+            "visual_tokens": result.visual,
+            "samples": result.samples,
+            "tiles": result.tiles,
+            "fill": result.tokens / result.capacity,
+            "tokens_per_second": result.tokens / elapsed,
+            "step_seconds": result.seconds,
+            "data_seconds": data_seconds,
+            "tokens_seen": state.tokens_seen,
+            "packs_consumed": state.packs_consumed,
+        }
+        assert self.metrics is not None
+        self.metrics.write(json.dumps(row) + "\n")
+        if not result.applied:
+            self._event(trainer, "skipped_step", loss=result.loss, grad_norm=result.grad_norm, samples=trainer.last_keys)
+
+    def on_checkpoint(self, trainer: Trainer, folder: Path) -> None:
+        self._event(trainer, "checkpoint", folder=folder.name)
+
+    def on_end(self, trainer: Trainer) -> None:
+        self._event(trainer, "end")
+
+    def close(self) -> None:
+        if self.metrics is not None:
+            self.metrics.close()
+
+    def _event(self, trainer: Trainer, kind: str, **fields: Any) -> None:
+        row = {"time": time.time(), "event": kind, "step": trainer.state.step, **fields}
+        with (self.folder / "events.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")

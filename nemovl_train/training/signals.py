@@ -1,0 +1,47 @@
+"""Stop requests: noticed by a handler, agreed by all ranks, acted on between steps."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType, TracebackType
+
+import torch
+import torch.distributed as dist
+
+from nemovl_train.parallel.layout import Layout
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class StopRequest:
+    """Context in which a stop signal asks for a save instead of killing the process.
+
+    A second signal of the same kind gets Python's usual treatment, so that an impatient Ctrl-C still works.
+
+    Args:
+        layout: Names the device that the ranks agree on.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.received: signal.Signals | None = None
+        self._previous: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in STOP_SIGNALS:
+            self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def agreed(self) -> bool:
+        """True on every rank as soon as one rank was asked to stop. Collective."""
+        flag = torch.tensor([self.received is not None], dtype=torch.int32, device=self.layout.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number)
+        signal.signal(number, self._previous[self.received])  # type: ignore[arg-type]

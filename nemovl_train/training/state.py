@@ -1,0 +1,68 @@
+"""What a run remembers besides weights and optimizer state: a few counters, as JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from nemovl_train.exceptions import CheckpointError
+
+FORMAT_VERSION = 1
+
+
+@dataclass
+class TrainState:
+    """Position of a run. Together with the config it determines everything that follows.
+
+    Attributes:
+        step: Optimiser steps done, skipped ones included; the learning rate is a function of it.
+        packs_consumed: Packs taken from the plan over all ranks; the only state of the data side.
+        tokens_seen: Tokens of real samples (padding not counted) so far.
+        tokens_supervised: Tokens that carried loss so far.
+        tokens_visual: Image tokens so far.
+        bad_steps: Steps that changed nothing because loss or gradient norm was not finite.
+        seed: Seed of the run.
+        plan_hash: Identity of the data order; a resumed run must reproduce it.
+        config_hash: Identity of the options that decide the result.
+        parent: Checkpoint whose weights the run started from.
+    """
+
+    step: int = 0
+    packs_consumed: int = 0
+    tokens_seen: int = 0
+    tokens_supervised: int = 0
+    tokens_visual: int = 0
+    bad_steps: int = 0
+    seed: int = 0
+    plan_hash: str = ""
+    config_hash: str = ""
+    parent: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The state as a JSON object with its format version."""
+        return {"format_version": FORMAT_VERSION, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any], where: Path) -> TrainState:
+        """Rebuild a state, refusing another format version or another set of fields.
+
+        Args:
+            data: Object written by `to_json`.
+            where: File it came from, for the error message.
+        """
+        version = data.get("format_version")
+        if version != FORMAT_VERSION:
+            raise CheckpointError(f"{where}: state format {version}, this version reads {FORMAT_VERSION}")
+        values = {key: value for key, value in data.items() if key != "format_version"}
+        expected = {f.name for f in fields(cls)}
+        if set(values) != expected:
+            raise CheckpointError(f"{where}: fields {sorted(set(values) ^ expected)} are missing or unknown")
+        return cls(**values)
+
+
+def read_state(folder: Path) -> TrainState:
+    """The `TrainState` of a checkpoint folder, without touching its tensors."""
+    path = folder / "state.json"
+    return TrainState.from_json(json.loads(path.read_text()), path)

@@ -1,0 +1,153 @@
+"""One optimizer step: divisor, forward and backward over the micro-batches, update."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from data_pipelines.schema import Pack
+from nemovl_train.model.batch import PackBatch
+from nemovl_train.model.vlm import NemotronVL
+from nemovl_train.parallel.layout import Layout
+from nemovl_train.training.optimizer import Optimizers
+
+# isort: split
+from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipelining
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did, already summed over data parallel ranks.
+
+    Attributes:
+        loss: Weighted mean cross entropy in nats, as optimised.
+        grad_norm: Global gradient norm before clipping; None when nothing trains.
+        applied: False when a non-finite value kept the step from changing anything.
+        tokens: Tokens of real samples in the step.
+        supervised: Tokens that carried loss.
+        visual: Image tokens.
+        capacity: Tokens the packs could have held.
+        samples: Samples in the step.
+        tiles: Image tiles encoded.
+        seconds: Wall time of the step without waiting for data.
+    """
+
+    loss: float
+    grad_norm: float | None
+    applied: bool
+    tokens: int
+    supervised: int
+    visual: int
+    capacity: int
+    samples: int
+    tiles: int
+    seconds: float
+
+
+def loss_scales(packs: Sequence[Pack], divisor: str, layout: Layout) -> list[float]:
+    """Factor on each pack's loss weights so that the step's loss is their weighted mean.
+
+    Weights are floats and the step's packs are known, so the division happens before the forward pass instead of
+    inside megatron-core, whose token count is an integer.
+
+    Args:
+        packs: This data parallel rank's packs of the step.
+        divisor: `global` divides by the weight sum of the step; `pack` gives every supervised pack the same weight.
+        layout: Owner of the data parallel group.
+
+    Returns:
+        One factor per pack; 0 for a pack without supervised tokens.
+    """
+    sums = [float(pack.loss_weight.sum(dtype=torch.float64)) for pack in packs]
+    total = torch.tensor([sum(sums), sum(s > 0 for s in sums)], dtype=torch.float64, device=layout.device)
+    dist.all_reduce(total, group=layout.language_groups.dp)
+    weight_sum, supervised_packs = total.tolist()
+    if divisor == "global":
+        return [1.0 / weight_sum if s > 0 else 0.0 for s in sums]
+    return [1.0 / (s * supervised_packs) if s > 0 else 0.0 for s in sums]
+
+
+def forward_backward(
+    model: NemotronVL, batches: Sequence[PackBatch], layout: Layout, *, forward_only: bool = False
+) -> torch.Tensor:
+    """Run every micro-batch through megatron-core's schedule.
+
+    Args:
+        model: The model; gradients land in its DDP buffers.
+        batches: Micro-batches with scaled loss weights.
+        layout: Owner of the process groups.
+        forward_only: Skip the backward pass.
+
+    Returns:
+        Sum of the scaled losses of this data parallel rank, float32 scalar on the device.
+    """
+
+    def forward_step(iterator: Iterator[PackBatch], stage: NemotronVL):  # noqa: ANN202 - megatron-core's protocol
+        batch = next(iterator)
+
+        def weighted_sum(token_loss_S: torch.Tensor):  # noqa: ANN202
+            loss = (token_loss_S * batch.loss_weight).sum()
+            return loss, torch.ones((), dtype=torch.int, device=loss.device), {"loss": loss.detach()}
+
+        return stage(batch), weighted_sum
+
+    outputs = forward_backward_no_pipelining(
+        forward_step_func=forward_step,
+        data_iterator=iter(batches),
+        model=[model],
+        num_microbatches=len(batches),
+        seq_length=batches[0].input_ids.numel(),
+        micro_batch_size=1,
+        forward_only=forward_only,
+        pg_collection=layout.language_groups,
+    )
+    return torch.stack([output["loss"] for output in outputs]).sum()
+
+
+def train_step(
+    model: NemotronVL, optimizers: Optimizers, packs: Sequence[Pack], layout: Layout, *, lr: float, divisor: str
+) -> StepResult:
+    """One optimizer step over this rank's packs.
+
+    A loss or gradient norm that is not finite on any rank leaves every parameter and moment on every rank as it was.
+    """
+    began = time.perf_counter()
+    scales = loss_scales(packs, divisor, layout)
+    batches = [
+        PackBatch.from_pack(pack, layout.device).scaled(scale) for pack, scale in zip(packs, scales, strict=True)
+    ]
+    optimizers.zero_grad()
+    loss = forward_backward(model, batches, layout)
+    counts = _reduce_counts(loss, packs, layout)
+    finite = math.isfinite(counts[0])
+    grad_norm = optimizers.step(lr) if finite else math.nan
+    return StepResult(
+        loss=counts[0],
+        grad_norm=grad_norm,
+        applied=finite and (grad_norm is None or math.isfinite(grad_norm)),
+        tokens=int(counts[1]),
+        supervised=int(counts[2]),
+        visual=int(counts[3]),
+        capacity=int(counts[4]),
+        samples=int(counts[5]),
+        tiles=int(counts[6]),
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _reduce_counts(loss: torch.Tensor, packs: Sequence[Pack], layout: Layout) -> list[float]:
+    """Loss and token counts of the step in one all-reduce, so that a step has one host synchronisation here."""
+    keys = ("tokens", "supervised_tokens", "visual_tokens")
+    local = [float(sum(pack.stats[key] for pack in packs)) for key in keys]
+    local += [float(sum(pack.input_ids.numel() for pack in packs)), float(sum(len(pack.sample_keys) for pack in packs))]
+    local += [float(sum(pack.tiles.shape[0] for pack in packs))]
+    total = torch.tensor([0.0, *local], dtype=torch.float64)
+    total = total.to(layout.device)
+    total[0] = loss.double()
+    dist.all_reduce(total, group=layout.language_groups.dp)
+    return total.tolist()

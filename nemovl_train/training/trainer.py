@@ -1,0 +1,234 @@
+"""One stage, from a config to its last checkpoint. `Trainer.fit` is the train loop."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+import torch
+
+from data_pipelines.loader import PackStream
+from data_pipelines.schema import Pack
+from nemovl_train.checkpoint import sealed
+from nemovl_train.config.dump import config_hash, to_plain
+from nemovl_train.config.schema import RunConfig
+from nemovl_train.evaluation.run import evaluate_stage
+from nemovl_train.exceptions import CheckpointError, UserError
+from nemovl_train.model.batch import PackBatch
+from nemovl_train.model.vlm import build_model
+from nemovl_train.parallel.layout import Layout
+from nemovl_train.training.callbacks import Callback, MetricsFile, ProgressLine, trackers
+from nemovl_train.training.folder import StageFolder
+from nemovl_train.training.lr import learning_rate
+from nemovl_train.training.optimizer import Optimizers
+from nemovl_train.training.signals import StopRequest
+from nemovl_train.training.state import TrainState
+from nemovl_train.training.step import StepResult, forward_backward, train_step
+
+log = logging.getLogger(__name__)
+
+EXIT_DONE = 0
+EXIT_REQUEUE = 75
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def run(config: RunConfig) -> int:
+    """Train one stage, or continue it where it stopped.
+
+    Args:
+        config: A validated config.
+
+    Returns:
+        `EXIT_DONE`, or `EXIT_REQUEUE` when a signal asked to stop and the run was saved.
+    """
+    folder = StageFolder.open(config)
+    if folder.is_done():
+        log.info("%s: nothing left to do, %d steps are done", folder.path, config.trainer.steps)
+        return EXIT_DONE
+    if config.trainer.threads:
+        torch.set_num_threads(config.trainer.threads)
+    layout = Layout.create(config.parallel)
+    try:
+        return Trainer(config, folder, layout).fit()
+    finally:
+        layout.destroy()
+
+
+class Trainer:
+    """Model, optimizers, data and state of one stage.
+
+    Args:
+        config: A validated config.
+        folder: The stage's folder.
+        layout: Owner of the process groups.
+    """
+
+    def __init__(self, config: RunConfig, folder: StageFolder, layout: Layout) -> None:
+        self.config, self.folder, self.layout = config, folder, layout
+        dtype = DTYPES[config.precision.params]
+        self.model = build_model(
+            config.model, layout, params_dtype=dtype, backend=config.precision.backend, seed=config.trainer.seed
+        )
+        self.model.freeze(train=config.trainer.train)
+        self.state = TrainState(seed=config.trainer.seed, config_hash=config_hash(config))
+        self.resumed_from = sealed.latest(folder.checkpoints, run_id=folder.run_id)
+        if self.resumed_from is None:
+            self._load_initial_weights()
+        # Built after the initial weights: the distributed optimizer copies its fp32 master weights from them.
+        self.optimizers = Optimizers(self.model, layout, config.optim, dtype)
+        self.model.config.no_sync_func = self.optimizers.no_sync
+        self.model.config.finalize_model_grads_func = self.optimizers.reduce_gradients
+        if self.resumed_from is not None:
+            self._restore(self.resumed_from)
+        self.stream = self._open_stream()
+        self.last_keys: tuple[str, ...] = ()
+        self.callbacks = self._callbacks() if layout.rank == 0 else []
+
+    def fit(self) -> int:
+        """Take the remaining steps, then evaluate.
+
+        Returns:
+            `EXIT_DONE`, or `EXIT_REQUEUE` after a stop signal.
+        """
+        total, every = self.config.trainer.steps, self.config.checkpoint.every_steps
+        try:
+            with StopRequest(self.layout) as stop:
+                self._call("on_start")
+                while self.state.step < total:
+                    packs, data_seconds = self._next_packs()
+                    if self.state.step == 0:
+                        self._dry_batch(packs)
+                    lr = learning_rate(self.config.optim, self.state.step, total)
+                    result = train_step(
+                        self.model, self.optimizers, packs, self.layout, lr=lr, divisor=self.config.optim.loss_divisor
+                    )
+                    self._account(result)
+                    for callback in self.callbacks:
+                        callback.on_step(self, result, lr=lr, data_seconds=data_seconds)
+                    stopping = stop.agreed()
+                    if self.state.step % every == 0 or self.state.step == total or stopping:
+                        self.save()
+                    if stopping and self.state.step < total:
+                        log.warning("%s: saved at step %d, run again to continue", self.folder.path, self.state.step)
+                        return EXIT_REQUEUE
+                self._finish()
+            return EXIT_DONE
+        finally:
+            for callback in self.callbacks:
+                callback.close()
+            self.stream.close()
+
+    def save(self) -> None:
+        """Publish a checkpoint of this step and drop the oldest ones. Collective."""
+        path = sealed.save(
+            self.folder.checkpoints,
+            self.state.step,
+            model=self.model,
+            optimizer=self.optimizers,
+            state=self.state.to_json(),
+            run_id=self.folder.run_id,
+        )
+        sealed.retain(self.folder.checkpoints, self.config.checkpoint.keep_last)
+        self._call("on_checkpoint", path)
+
+    def _load_initial_weights(self) -> None:
+        source = self.config.trainer.init_from
+        if source is None:
+            return
+        folder = resolve_checkpoint(Path(source))
+        sealed.load(folder, model=self.model)
+        self.state.parent = str(folder)
+
+    def _restore(self, folder: Path) -> None:
+        raw = sealed.load(folder, model=self.model, optimizer=self.optimizers)
+        restored = TrainState.from_json(raw, folder / "state.json")
+        for name in ("seed", "config_hash"):
+            if getattr(restored, name) != getattr(self.state, name):
+                raise CheckpointError(f"{folder}: {name} differs from this run's; choose another run.name")
+        self.state = restored
+        log.info("%s: continuing after step %d from %s", self.folder.path, restored.step, folder.name)
+
+    def _open_stream(self) -> PackStream:
+        stream = PackStream(
+            self.config.data,
+            tokens_per_tile=self.config.model.tokens_per_tile,
+            seed=self.config.trainer.seed,
+            global_batch=self.config.trainer.global_batch,
+            dp_rank=self.layout.dp_rank,
+            dp_size=self.layout.dp,
+            start_pack=self.state.packs_consumed,
+        )
+        if self.state.plan_hash and self.state.plan_hash != stream.plan_hash:
+            raise CheckpointError(
+                f"{self.folder.path}: the data plan changed since the run was saved (datasets, blend, packing or "
+                "tokenizer); restore the data, or start another run.name"
+            )
+        self.state.plan_hash = stream.plan_hash
+        return stream
+
+    def _next_packs(self) -> tuple[list[Pack], float]:
+        began = time.perf_counter()
+        packs = next(self.stream)
+        self.last_keys = tuple(key for pack in packs for key in pack.sample_keys)
+        return packs, time.perf_counter() - began
+
+    def _dry_batch(self, packs: list[Pack]) -> None:
+        """Forward and backward at full length before the first step: memory and shapes fail here, within seconds."""
+        batch = PackBatch.from_pack(packs[0], self.layout.device).scaled(1.0)
+        self.optimizers.zero_grad()
+        forward_backward(self.model, [batch], self.layout)
+        self.optimizers.zero_grad()
+
+    def _account(self, result: StepResult) -> None:
+        state = self.state
+        state.step += 1
+        state.packs_consumed = self.stream.packs_consumed
+        state.tokens_seen += result.tokens
+        state.tokens_supervised += result.supervised
+        state.tokens_visual += result.visual
+        if not result.applied:
+            state.bad_steps += 1
+            log.warning("step %d changed nothing: loss %s, gradient norm %s", state.step, result.loss, result.grad_norm)
+        if state.bad_steps > self.config.trainer.max_bad_steps:
+            raise UserError(
+                f"{state.bad_steps} steps had a loss or gradient norm that is not finite (trainer.max_bad_steps="
+                f"{self.config.trainer.max_bad_steps}); the samples are in {self.folder.path}/events.jsonl"
+            )
+
+    def _finish(self) -> None:
+        evaluate_stage(self.model, self.config, self.layout, self.folder.path, self.state.step)
+        self._call("on_end")
+
+    def _callbacks(self) -> list[Callback]:
+        options = self.config.logging
+        label = f"{self.config.run.name}/{self.config.run.stage}"
+        callbacks: list[Callback] = [
+            MetricsFile(self.folder.path),
+            ProgressLine(label, every_steps=options.every_steps, bar=options.progress),
+        ]
+        if options.tensorboard:
+            callbacks.append(trackers.tensorboard(self.folder.path))
+        if options.wandb:
+            callbacks.append(trackers.wandb(self.folder.path, name=label, config=to_plain(self.config)))
+        return callbacks
+
+    def _call(self, hook: str, *args: object) -> None:
+        for callback in self.callbacks:
+            getattr(callback, hook)(self, *args)
+
+
+def resolve_checkpoint(path: Path) -> Path:
+    """A checkpoint folder from itself, a `checkpoints` folder, or a stage folder.
+
+    Raises:
+        CheckpointError: Nothing loadable is there.
+    """
+    if (path / "integrity.json").is_file():
+        return path
+    for root in (path / "checkpoints", path):
+        found = sealed.latest(root)
+        if found is not None:
+            return found
+    raise CheckpointError(f"{path}: no complete checkpoint here (trainer.init_from takes a stage or checkpoint folder)")

@@ -1,0 +1,111 @@
+"""Ranges and combinations, one wrong value at a time."""
+
+from dataclasses import replace
+
+import pytest
+
+from nemovl_train.config.compose import compose_run
+from nemovl_train.config.schema import ModelConfig, RunConfig
+from nemovl_train.config.validate import validate_run, world_problems
+from nemovl_train.exceptions import ConfigError
+
+
+@pytest.fixture(scope="module")
+def base() -> RunConfig:
+    return compose_run("tiny/stage1_sft_16k")
+
+
+def changed(config, key: str, value):
+    head, _, rest = key.partition(".")
+    return replace(config, **{head: changed(getattr(config, head), rest, value) if rest else value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "part"),
+    [
+        ("run.name", "a/b", "run.name='a/b'"),
+        ("run.stage", "a/../b", "run.stage"),
+        ("run.root", "", "run.root"),
+        ("data.seq_length", 0, "at least 1"),
+        ("data.seq_length", 250, "nearest: 224 or 256"),
+        ("data.packing", "bfdd", "did you mean bfd?"),
+        ("data.loss.mode", "squared", "did you mean square?"),
+        ("data.loss.unit", "pack", "choose from sample, turn"),
+        ("data.tile_size", 512, "nearest: 64"),
+        ("data.sources", {}, "data.sources is empty"),
+        ("data.tokenizer", "", "tokenizer.json"),
+        ("data.video_fps", 0.0, "must be above 0"),
+        ("data.num_workers", -1, "at least 0"),
+        ("model.vision.tile_size", 48, "nearest: 32 or 64"),
+        ("model.vision.max_resolution", 32, "at least 64"),
+        ("model.vision.hidden_size", 66, "nearest: 64 or 68"),
+        ("model.language.hybrid_pattern", "MX", "hybrid_pattern"),
+        ("model.language.num_attention_heads", 6, "nearest: 4 or 8"),
+        ("model.language.vocab_size", 2000, "at least 2560"),
+        ("model.language.activation", "relu", "squared_relu"),
+        ("model.tokens.image", 9999, "a row of the embedding, 0 to 2575"),
+        ("model.parts", ("language", "vision"), "come together"),
+        ("trainer.train", ("vison",), "did you mean vision?"),
+        ("trainer.train", (), "at least one of"),
+        ("trainer.steps", 0, "at least 1"),
+        ("trainer.global_batch", 0, "at least 1"),
+        ("parallel.tp", 3, "parallel.tp=3"),
+        ("parallel.sequence_parallel", True, "sequence_parallel"),
+        ("precision.backend", "cuda", "choose from auto, te, torch"),
+        ("precision.params", "fp16", "did you mean bf16?"),
+        ("optim.lr", 0.0, "must be above 0"),
+        ("optim.lr", float("nan"), "must be above 0"),
+        ("optim.min_lr", 1.0, "nearest"),
+        ("optim.warmup_fraction", 1.5, "nearest: 1"),
+        ("optim.beta2", 1.0, "exclusive"),
+        ("optim.loss_divisor", "mean", "choose from global, pack"),
+        ("checkpoint.keep_last", 0, "at least 1"),
+        ("evaluation.max_samples", 0, "at least 1"),
+        ("evaluation.seq_length", 100, "nearest: 96 or 128"),
+        ("evaluation.sources", {"x": ""}, "evaluation.sources.x is empty"),
+        ("logging.every_steps", 0, "at least 1"),
+    ],
+)
+def test_one_wrong_value(base: RunConfig, key: str, value, part: str):
+    found = validate_run(changed(base, key, value))
+    assert any(part in problem for problem in found), found
+    assert all("=" in problem or " is empty" in problem or ":" in problem for problem in found)
+
+
+def test_frozen_text_only_model_needs_no_media_rows(base: RunConfig):
+    text = changed(changed(base, "model.parts", ("language",)), "model.language.vocab_size", 2560)
+    assert validate_run(changed(text, "trainer.train", ("language",))) == []
+    assert "not among model.parts" in validate_run(text)[0]
+
+
+def test_world_sizes(base: RunConfig):
+    assert world_problems(base, 4) == []
+    assert "at least 1" in world_problems(base, 0)[0]
+    two = changed(base, "parallel.tp", 2)
+    assert "3 processes" in world_problems(two, 3)[0]
+    assert "use at least 16, or at most 8 processes" in world_problems(base, 16)[0]
+
+
+@pytest.mark.parametrize("name", ["nano_12b_v2_vl", "nano_8b_v1_vl"])
+def test_released_sizes_are_legal(name: str):
+    overrides = [f"model={name}", "data.tile_size=512", "data.seq_length=16384", "evaluation.seq_length=16384"]
+    config = compose_run("tiny/stage1_sft_16k", overrides)
+    assert config.model.tokens_per_tile == 256
+    for tp in (1, 2, 4, 8):
+        assert validate_run(changed(config, "parallel.tp", tp)) == []
+
+
+def test_the_12b_file_equals_the_schema_defaults():
+    """The schema's defaults are the released model; the file spells them out for readers."""
+    try:
+        config = compose_run("tiny/stage1_sft_16k", ["model=nano_12b_v2_vl"])
+    except ConfigError as error:
+        assert all("tile_size" in p or "seq_length" in p for p in error.problems)  # noqa: PT017
+        config = compose_run(
+            "tiny/stage1_sft_16k",
+            ["model=nano_12b_v2_vl", "data.tile_size=512", "data.seq_length=16384", "evaluation.seq_length=16384"],
+        )
+    assert config.model == ModelConfig()
+    pattern = config.model.language.hybrid_pattern
+    assert (pattern.count("M"), pattern.count("-"), pattern.count("*"), len(pattern)) == (28, 28, 6, 62)
+    assert [i for i, kind in enumerate(pattern) if kind == "*"] == [7, 16, 25, 34, 43, 52]

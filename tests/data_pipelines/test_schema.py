@@ -1,0 +1,41 @@
+import pytest
+
+from data_pipelines.exceptions import DataError
+from data_pipelines.schema import media_items, validate_record
+
+ASK = {"role": "user", "content": "q"}
+ANSWER = {"role": "assistant", "content": "a"}
+
+
+def test_accepts_text_items_strings_and_media():
+    items = [{"type": "image", "image": "a.png", "metadata": {"width": 3}}, {"type": "text", "text": "q"}]
+    good = {"id": "x", "messages": [{"role": "system", "content": ""}, {"role": "user", "content": items}, ANSWER]}
+    validate_record(good)
+    assert [(m.kind, m.member, m.metadata) for m in media_items(good)] == [("image", "a.png", {"width": 3})]
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ([], "JSON object"),
+        ({"messages": [ASK, ANSWER]}, "'id' must be"),
+        ({"id": "x"}, "'messages' must be"),
+        ({"id": "x", "messages": [ASK]}, "last message must be the assistant"),
+        ({"id": "x", "messages": [ANSWER, ASK]}, "user and assistant in turn"),
+        ({"id": "x", "messages": [ASK, ASK, ANSWER]}, "user and assistant in turn"),
+        ({"id": "x", "messages": [{"role": "tool", "content": ""}]}, "role 'tool' is not one of"),
+        ({"id": "x", "messages": [{"role": "user", "content": 3}]}, "string or a list"),
+        ({"id": "x", "messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "type 'audio'"),
+        ({"id": "x", "messages": [{"role": "user", "content": [{"type": "text"}]}]}, "needs a string"),
+        ({"id": "x", "messages": [{"role": "user", "content": "\ud800"}]}, "not valid Unicode"),
+        ({"id": "x", "messages": [{"role": "user", "content": [{"type": "image", "image": "../a"}]}]}, "must name"),
+        ({"id": "x", "messages": [ASK, {"role": "assistant", "content": [{"type": "image", "image": "a"}]}]}, "belong"),
+    ],
+)
+def test_refuses_with_the_reason(record, reason):
+    with pytest.raises(DataError, match=reason):
+        validate_record(record)
+
+
+def test_a_prompt_may_end_with_a_question():
+    validate_record({"id": "x", "messages": [ASK]}, prompt=True)
