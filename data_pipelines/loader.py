@@ -4,9 +4,14 @@ Every rank plans alone and alike; workers only build what they are told. So neit
 is part of a run's state: `packs_consumed` is.
 """
 
+import os
 import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
 from typing import Any, Self
 
 import torch
@@ -107,6 +112,15 @@ def _start_worker(worker_id: int) -> None:
     # A scheduler signals the whole process group; the trainer decides what to do, workers leave when it does.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    # Threads of the native libraries can abort a process while it is torn down, and the trainer would see a dead
+    # worker. Results are flushed by finalisers of higher priority, so nothing is lost by leaving at once.
+    Finalize(None, _leave, exitpriority=-100)
+
+
+def _leave() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _as_is(item: Any) -> Any:
@@ -149,7 +163,8 @@ class PackStream:
         Raises:
             DataError: A source that cannot be used as it is.
         """
-        assert 0 <= dp_rank < dp_size and global_batch > 0 and start_pack >= 0
+        assert 0 <= dp_rank < dp_size, (dp_rank, dp_size)
+        assert min(global_batch - 1, start_pack) >= 0, (global_batch, start_pack)
         self.global_batch, self.dp_rank, self.dp_size = global_batch, dp_rank, dp_size
         self.packs_consumed = start_pack
         opened = _open(config, tokens_per_tile)
@@ -157,6 +172,7 @@ class PackStream:
         self.plan_hash = self.plan.hash
         self._watch = QuarantineWatch()
         self._datasets = opened.datasets
+        self._workers: list[BaseProcess] = []
         self._built = self._build_all(_Buildable(config, opened), config.num_workers)
 
     def _build_all(self, buildable: _Buildable, num_workers: int) -> Iterator[BuiltPack]:
@@ -174,7 +190,10 @@ class PackStream:
             # Without its own generator the loader draws a seed from the global one and shifts the trainer's stream.
             generator=torch.Generator(),
         )
-        return iter(loader)
+        others = set(active_children())
+        built = iter(loader)
+        self._workers = [process for process in active_children() if process not in others]
+        return built
 
     def planned(self, step_start: int) -> list[PlannedPack]:
         """This rank's planned packs of the step that starts at a pack, fill packs included; reads no media."""
@@ -198,6 +217,10 @@ class PackStream:
     def close(self) -> None:
         """Stop the workers and close the files; the stream gives nothing after this."""
         self._built = iter(())
+        for worker in self._workers:
+            worker.kill()  # one that was too busy to leave; it ignores milder signals
+            worker.join()
+        self._workers = []
         for dataset in self._datasets.values():
             dataset.close()
 

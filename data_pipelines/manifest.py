@@ -105,6 +105,11 @@ def _check_members(key: str, items: list[MediaItem], media: Mapping[str, bytes])
 
 
 def media_shape(item: MediaItem, data: bytes) -> MediaShape:
+    """Size of one medium: from an image's header, from a video's metadata or, where these lack something, its file.
+
+    Raises:
+        DataError: The header cannot be read, or no frame can be chosen by the rate and count given.
+    """
     if item.kind == "image":
         width, height = image.image_size(data)
         return MediaShape("image", width, height)

@@ -20,7 +20,7 @@ from data_pipelines.media.rules import MediaLayout, MediaShape, RenderRules, lay
 from data_pipelines.media.video import video_tiles
 from data_pipelines.plan import PlannedPack, PlannedSample
 from data_pipelines.schema import IGNORE_LABEL, MediaItem, Pack, media_items
-from data_pipelines.shards import Dataset, StoredSample
+from data_pipelines.shards import Dataset
 from data_pipelines.template import NO_TURN, EncodedSample, encode_record
 from data_pipelines.tokenizer import TextTokenizer
 
@@ -69,7 +69,7 @@ class _Piece:
     layouts: list[MediaLayout]
 
 
-class _Unusable(Exception):
+class _UnusableError(DataError):
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
         self.reason = reason
@@ -80,7 +80,7 @@ def _quarantine_as(reason: str) -> Iterator[None]:
     try:
         yield
     except (DataError, OSError) as error:
-        raise _Unusable(reason, str(error)) from error
+        raise _UnusableError(reason, str(error)) from error
 
 
 def loss_weights(encoded: EncodedSample, config: LossWeightConfig) -> np.ndarray:
@@ -126,7 +126,7 @@ class PackBuilder:
             try:
                 pieces.append(self._materialise(sample))
                 outcomes.append(None)
-            except _Unusable as error:
+            except _UnusableError as error:
                 key = self.datasets[sample.source].key(sample.row)
                 logger.warning(
                     "sample %s of %s left out of pack %d (%s): %s",
@@ -152,7 +152,7 @@ class PackBuilder:
             encoded = encode_record(stored.record, layouts, self.tokenizer, tokens_per_tile=self.rules.tokens_per_tile)
         if len(encoded.input_ids) != sample.length:
             # Same rules and bytes, other count: the tokenizers library itself changed since the dataset was written.
-            raise _Unusable("length", f"{len(encoded.input_ids)} tokens where the plan has {sample.length}")
+            raise _UnusableError("length", f"{len(encoded.input_ids)} tokens where the plan has {sample.length}")
         weights = loss_weights(encoded, self.config.loss)
         items = list(media_items(stored.record))
         tiles = media_tiles(items, stored.shapes, layouts, stored.media, self.rules)
@@ -240,6 +240,9 @@ def media_tiles(
 
     Returns:
         One [tiles, 3, P, P] uint8 tensor per medium.
+
+    Raises:
+        DataError: A medium is damaged, or not what `shapes` says.
     """
     tiles = []
     for item, shape, layout in zip(items, shapes, layouts, strict=True):

@@ -6,9 +6,9 @@
     shuffle   the packs of a window come in a keyed order
 
 The position of a run is one number, the packs consumed. Finding the window of pack p needs the number of packs of the
-windows before it, so these are counted once, in order, from lengths alone, and
-kept: about 20 ms for a window of 4096, so a run that resumes after ten million samples starts some 40 s later. The
-packs themselves are made on demand and only the last few windows are held.
+windows before it, so these are counted once, in order, from lengths alone, and kept: about 20 ms for a window of 4096,
+so a run that resumes after ten million samples starts some 40 s later. The packs themselves are made on demand and only
+the last few windows are held.
 """
 
 import bisect

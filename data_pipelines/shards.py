@@ -256,8 +256,7 @@ class Dataset:
 
     def _load(self) -> None:
         path = self.folder / f"{self.split}.parquet"
-        # Without threads: a reader thread that lives on makes a worker process abort when it leaves.
-        self._table = pq.read_table(path, memory_map=True, use_threads=False, pre_buffer=False)
+        self._table = pq.read_table(path, memory_map=True)
         self.lengths = self._table["total_tokens"].to_numpy().astype("int64")
         self.text_tokens = self._table["text_tokens"].to_numpy().astype("int64")
         self._files: OrderedDict[int, int] = OrderedDict()

@@ -138,9 +138,9 @@ def encode_record(
 def encode_prompt(
     record: Mapping[str, Any], layouts: Sequence[MediaLayout], tokenizer: TextTokenizer, *, tokens_per_tile: int
 ) -> EncodedSample:
-    """Render a record up to where the model answers: its last answer, if it has one, is left out.
+    r"""Render a record up to where the model answers: its last answer, if it has one, is left out.
 
-    The ids are a prefix of what training saw: they end with `<think></think>`, or with `<think>\\n` when reasoning is
+    The ids are a prefix of what training saw: they end with `<think></think>`, or with `<think>\n` when reasoning is
     on. Nothing is supervised.
 
     Raises:

@@ -81,9 +81,10 @@ def _schedule(argv: Sequence[str]) -> int:
     def job(config: RunConfig | ScheduleConfig) -> int:
         assert isinstance(config, ScheduleConfig)
         from nemovl_train.console import setup_logging
-        from nemovl_train.schedule import chain
 
         setup_logging()
+        from nemovl_train.schedule import chain
+
         return chain.run(config)
 
     return run_app("schedule", argv, job)

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import warnings
 
 
 def setup_logging() -> None:
@@ -13,3 +14,7 @@ def setup_logging() -> None:
     logging.basicConfig(level=logging.WARNING, format=f"{prefix}%(message)s", stream=sys.stderr, force=True)
     for name in ("nemovl_train", "data_pipelines"):
         logging.getLogger(name).setLevel(level)
+    # Notes of megatron-core's own modules about missing Apex, deprecated names and layouts it computes itself: nothing
+    # that a user of a recipe can act on.
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"megatron\.core\..*")

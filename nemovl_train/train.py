@@ -26,10 +26,10 @@ def train(argv: Sequence[str]) -> int:
 
 def _train_one(config: RunConfig | ScheduleConfig) -> int:
     assert isinstance(config, RunConfig)
+    setup_logging()
     # Only here, behind every config error: torch and megatron-core take seconds to import.
     from nemovl_train.training import trainer
 
-    setup_logging()
     return trainer.run(config)
 
 

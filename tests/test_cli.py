@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,7 @@ from nemovl_train import cli
 from nemovl_train.exceptions import UserError
 from nemovl_train.exit_codes import ExitCode, guarded
 
+ROOT = Path(__file__).parent.parent
 STAGE = "recipe=tiny/stage1_sft_16k"
 
 
@@ -35,7 +37,7 @@ def test_help_names_every_verb_and_the_exit_codes(capsys):
     assert all(f"  {verb} " in out for verb in cli.VERBS)
     assert "75" in out
     assert run(capsys)[0] == ExitCode.USAGE
-    assert run(capsys, "trian")[0] == ExitCode.USAGE
+    assert run(capsys, "trn")[0] == ExitCode.USAGE
     assert run(capsys, "--version")[1].startswith("nemovl ")
 
 
@@ -63,7 +65,7 @@ def test_help_and_config_errors_import_no_torch():
         "        pass\n"
         "print([m for m in ('torch', 'megatron', 'transformers') if m in sys.modules], file=sys.stderr)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stderr.splitlines()[-1] == "[]", done.stderr
 
 

@@ -53,7 +53,7 @@ def test_wheel_has_recipes_and_configs_and_no_tests(wheel: Path):
     assert not [name for name in names if "test_" in name or name.endswith(".pyc")]
     missing = [
         path for top in ROOTS for path in (ROOT / top).rglob("*")
-        if path.suffix in (".py", ".jinja", ".j2", ".css", ".sh") and path.relative_to(ROOT).as_posix() not in names
+        if path.suffix in (".py", ".jinja", ".html", ".css", ".sh") and path.relative_to(ROOT).as_posix() not in names
     ]  # fmt: skip
     assert missing == []
 
@@ -82,6 +82,8 @@ def test_installed_wheel_runs_its_command(wheel: Path, tmp_path: Path):
     (site / "outer.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")) + "\n")
     pip = [str(venv / "bin" / "python"), "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", str(wheel)]
     subprocess.run([*pip, "--force-reinstall"], check=True)
-    done = subprocess.run([str(venv / "bin" / "nemovl"), "recipes", "list"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [str(venv / "bin" / "nemovl"), "recipes", "list"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[0] == list_recipes()[0]

@@ -139,7 +139,7 @@ def choose_grid(width: int, height: int, max_tiles: int, tile_size: int) -> tupl
     Grids are tried by rising area; on an exact tie the later, larger one wins only if the image has more than half
     its pixels (InternVL's rule, as in vLLM's `nano_nemotron_vl` processor).
     """
-    assert width > 0 and height > 0, (width, height)
+    assert min(width, height) > 0, (width, height)
     aspect, best, best_difference = width / height, (1, 1), float("inf")
     for columns, rows in _grids(max_tiles):
         difference = abs(aspect - columns / rows)
@@ -156,7 +156,7 @@ def sample_frames(frames: int, fps: float, *, target_fps: float, max_frames: int
     the middles of equal segments, so that long clips are covered uniformly (paper section 3.6: 2 frames per second,
     128 at most, uniform beyond 64 s).
     """
-    assert frames > 0 and fps > 0, (frames, fps)
+    assert min(frames, fps) > 0, (frames, fps)
     wanted = round(frames / fps * target_fps)
     count = min(max(wanted, MIN_FRAMES), max_frames, frames)
     if count == wanted:

@@ -149,7 +149,9 @@ def _language(config: RunConfig) -> Iterator[str]:
         f"{prefix}.num_attention_heads", lm.num_attention_heads, f"{prefix}.num_query_groups", lm.num_query_groups
     )
     yield from _at_least(f"{prefix}.num_query_groups", lm.num_query_groups, 1)
-    yield from _divisible(f"{prefix}.mamba_num_heads", lm.mamba_num_heads, f"{prefix}.mamba_num_groups", lm.mamba_num_groups)
+    yield from _divisible(
+        f"{prefix}.mamba_num_heads", lm.mamba_num_heads, f"{prefix}.mamba_num_groups", lm.mamba_num_groups
+    )
     yield from _at_least(f"{prefix}.mamba_num_groups", lm.mamba_num_groups, 1)
     yield from _choice(f"{prefix}.activation", lm.activation, ACTIVATIONS)
     yield from _choice(f"{prefix}.position", lm.position, POSITIONS)

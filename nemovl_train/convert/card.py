@@ -5,14 +5,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from nemovl_train.config.schema import ModelConfig
+from nemovl_train.convert.hf_layout import timm_name
 
 OPENS = {
     "vlm": """\
 | engine | opens it | why |
 |---|---|---|
 | nemovl | yes | `nemovl convert import`, `nemovl generate` |
-| Transformers, native classes | yes, with the second config | it has no class for `NemotronH_Nano_VL_V2`; its Omni class has the same modules (snippet below) |
-| vLLM, SGLang | by layout; not run by the export | tensor names and `config.json` are those of the released model; the tower is looked up by `vision_config.args.model` (`{tower}`), so a tower of another size than theirs is refused. An engine that asks for the released folder's Python files needs them added: this folder carries no code |
+| Transformers, native classes | yes, with the second config | its Omni class has the same modules |
+| vLLM, SGLang | by layout, not run by the export | tensor names and `config.json` are those of the released model |
+
+vLLM and SGLang look the tower's sizes up by `vision_config.args.model` (here `{tower}`), so they refuse a tower of a
+size they have no name for. This folder carries no code: an engine that asks for the released folder's Python files
+needs them added from there. Transformers has no class for `NemotronH_Nano_VL_V2` itself; with its Omni class:
 
 ```python
 from transformers import AutoConfig, NemotronH_Omni_Reasoning_V3
@@ -22,8 +27,8 @@ model = NemotronH_Omni_Reasoning_V3.from_pretrained("FOLDER", config=config)
 
 Transformers then reports the video embedder and `summary_idxs` as missing (this architecture has none, and images never
 use them) and `input_conditioner.*` as unexpected (pixels are normalised before the tower). Its Mamba layers clamp the
-time step at 0.001 from below, which the training code does not: set `mixer.time_step_limit = (0.0, float("inf"))` on each
-for equal numbers.""",
+time step at 0.001 from below, which the training code does not: set `mixer.time_step_limit = (0.0, float("inf"))` on
+each for equal numbers.""",
     "language": """\
 | engine | opens it | why |
 |---|---|---|
@@ -39,7 +44,14 @@ for equal numbers.""",
 
 
 def model_card(
-    config: ModelConfig, kind: str, *, parameters: int, tensors: int, dtype: str, files: Mapping[str, str], card: Mapping[str, Any]
+    config: ModelConfig,
+    kind: str,
+    *,
+    parameters: int,
+    tensors: int,
+    dtype: str,
+    files: Mapping[str, str],
+    card: Mapping[str, Any],
 ) -> str:
     """Markdown text of the card.
 
@@ -52,8 +64,6 @@ def model_card(
         files: File name -> SHA-256.
         card: What the caller knows: `recipe`, `parent`, `data`, `license`, measured results; any JSON values.
     """
-    from nemovl_train.convert.hf_layout import timm_name
-
     facts = {"kind": kind, "parameters": f"{parameters:,}", "tensors": tensors, "number format": dtype}
     if kind != "vision":
         facts["language layers"] = f"{config.language.num_layers} (`{config.language.hybrid_pattern}`)"

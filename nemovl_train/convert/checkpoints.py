@@ -193,11 +193,14 @@ def describe_checkpoint(folder: Path) -> CheckpointInfo:
         return _imported(state, home)
     written = home / "config.yaml"
     if not written.is_file():
-        raise ConversionError(f"{folder} was moved away from its stage: {written} is missing, and with it the model's sizes")
+        raise ConversionError(
+            f"{folder} was moved out of its stage: {written}, which has the model's sizes, is missing"
+        )
     run = load_yaml(RunConfig, written)
     facts = {
         "recipe": f"{run.run.name}/{run.run.stage}, {folder.name}",
-        "parent": state.get("parent") or "initial weights",
+        # Stage, checkpoints folder and step; the rest of the path says nothing on another machine.
+        "parent": "/".join(Path(state.get("parent") or "initial weights").parts[-3:]),
         "data": {name: source.weight for name, source in run.data.sources.items()},
         "trained parts": list(run.trainer.train),
         "seed": run.trainer.seed,

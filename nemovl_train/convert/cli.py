@@ -26,7 +26,7 @@ def add_convert_commands(subparsers: Any) -> None:
     exporter = verbs.add_parser("export", help="run or checkpoint -> Hugging Face folder")
     exporter.add_argument("source", type=Path, metavar="RUN_OR_CKPT", help="run, stage or checkpoint folder")
     exporter.add_argument("--out", type=Path, required=True, help="new folder")
-    exporter.add_argument("--tokenizer", type=Path, help="folder with tokenizer.json (default: the run's data.tokenizer)")
+    exporter.add_argument("--tokenizer", type=Path, help="folder with tokenizer.json (default: the run's own)")
     exporter.add_argument("--dtype", choices=("fp32", "bf16"), help="number format (default: that of the checkpoint)")
     exporter.add_argument("--overwrite", action="store_true", help="replace an earlier export of that name")
     exporter.set_defaults(run=_export)

@@ -1,7 +1,7 @@
 """Reads a Hugging Face folder's config into a `ModelConfig`, and writes the folder's small files.
 
-Sizes that the weights know (rows, prefix tokens, position grid, widths) are taken from the safetensors headers; the rest
-must be in the config. What our model cannot express is an error, never ignored.
+Sizes that the weights know (rows, prefix tokens, position grid, widths) are taken from the safetensors headers; the
+rest must be in the config. What our model cannot express is an error, never ignored.
 """
 
 import json
@@ -13,8 +13,8 @@ from typing import Any
 
 from nemovl_train.config.schema import LanguageConfig, ModelConfig, ProjectorConfig, TokenIds, VisionConfig
 from nemovl_train.convert import hf_layout
-from nemovl_train.convert.mapping import constants_of, report
-from nemovl_train.convert.names import language_prefix, vision_prefix
+from nemovl_train.convert.mapping import report
+from nemovl_train.convert.names import constant_names, language_prefix, vision_prefix
 from nemovl_train.convert.tensor_files import TensorFolder, read_json
 from nemovl_train.exceptions import ConversionError
 
@@ -55,7 +55,9 @@ def folder_kind(document: Mapping[str, Any], where: Path) -> str:
     if any(n in hf_layout.VISION_ARCHITECTURES for n in names):
         return "vision"
     known = [hf_layout.VLM_ARCHITECTURE, hf_layout.LANGUAGE_ARCHITECTURE, *hf_layout.VISION_ARCHITECTURES]
-    raise ConversionError(f"{where}: architectures is {names}, none of which can be imported; known are {', '.join(known)}")
+    raise ConversionError(
+        f"{where}: architectures is {names}, none of which can be imported; known are {', '.join(known)}"
+    )
 
 
 def read_kind(hf_dir: Path) -> str:
@@ -82,7 +84,8 @@ def read_config(hf_dir: Path, *, tensors: TensorFolder | None = None) -> ModelCo
     tensors = tensors or TensorFolder(hf_dir)
     name = str(document.get("_name_or_path") or hf_dir.resolve().name)
     if kind == "vision":
-        return ModelConfig(name=name, parts=("vision",), vision=_vision(document, document, tensors, kind=kind, where=path))
+        vision = _vision(document, document, tensors, kind=kind, where=path)
+        return ModelConfig(name=name, parts=("vision",), vision=vision)
     llm = document if kind == "language" else need(document, "llm_config", "text_config", where=path)
     rows = tensors_shape(tensors, language_prefix(kind) + "backbone.embeddings.weight")[0]
     if kind == "language":
@@ -181,26 +184,28 @@ def _vision(
     own: Mapping[str, Any], top: Mapping[str, Any], tensors: TensorFolder, *, kind: str, where: Path
 ) -> VisionConfig:
     prefix = vision_prefix(kind) + "model."
+    blocks = prefix + "blocks."
     prefix_tokens, hidden = tensors_shape(tensors, prefix + "patch_generator.cls_token.token")
     positions = tensors_shape(tensors, prefix + "patch_generator.pos_embed")[1]
     pixels = tensors_shape(tensors, prefix + "patch_generator.embedder.weight")[1]
     patch, grid = math.isqrt(pixels // 3), math.isqrt(positions)
     if 3 * patch**2 != pixels or grid**2 != positions:
-        raise ConversionError(f"{where}: {pixels} pixels a patch and {positions} positions are no square RGB patch and grid")
+        raise ConversionError(f"{where}: {pixels} values a patch, {positions} positions: no square RGB patch and grid")
     model = str((own.get("args") or {}).get("model"))
     heads = own.get("num_attention_heads") or hf_layout.TIMM_SIZES.get(model, (0, 0, 0))[2]
     if not heads:
-        raise ConversionError(f"{where}: number of attention heads of the tower: neither num_attention_heads nor a known args.model")
+        raise ConversionError(f"{where}: neither num_attention_heads nor a known args.model gives the tower's heads")
     act = own.get("hidden_act", "gelu")
     activation = {v: k for k, v in hf_layout.VISION_ACTIVATIONS.items()}.get(act)
     if activation is None:
-        raise ConversionError(f"{where}: activation {act!r} of the tower; known are {list(hf_layout.VISION_ACTIVATIONS.values())}")
+        known = list(hf_layout.VISION_ACTIVATIONS.values())
+        raise ConversionError(f"{where}: activation {act!r} of the tower; known are {known}")
     mean, std = _statistics(own, top, tensors, kind, where)
     return VisionConfig(
-        num_layers=len({n.split("blocks.")[1].split(".")[0] for n in tensors.specs if n.startswith(prefix + "blocks.")}),
+        num_layers=len({n.split(".")[blocks.count(".")] for n in tensors.specs if n.startswith(blocks)}),
         hidden_size=hidden,
         num_attention_heads=heads,
-        ffn_hidden_size=tensors_shape(tensors, prefix + "blocks.0.mlp.fc1.weight")[0],
+        ffn_hidden_size=tensors_shape(tensors, blocks + "0.mlp.fc1.weight")[0],
         patch_size=patch,
         tile_size=top.get("force_image_size") or _tile(own, where),
         max_resolution=grid * patch,
@@ -221,14 +226,15 @@ def _statistics(
     own: Mapping[str, Any], top: Mapping[str, Any], tensors: TensorFolder, kind: str, where: Path
 ) -> tuple[Any, Any]:
     """Pixel mean and deviation: the folder's config, else its conditioner tensors. Never assumed."""
-    held = constants_of({n: n for n in tensors.specs}, kind)  # type: ignore[arg-type]
+    names = constant_names(kind)
     out = []
     for field in ("norm_mean", "norm_std"):
         value = top.get(field) or own.get(field)
-        if value is None and f"input_conditioner.{field}" in held:
-            value = tensors.read(str(held[f"input_conditioner.{field}"])).float().reshape(-1).tolist()
+        tensor = names[f"input_conditioner.{field}"]
+        if value is None and tensor in tensors.specs:
+            value = tensors.read(tensor).float().reshape(-1).tolist()
         if value is None:
-            raise ConversionError(f"{where}: neither {field} nor a tensor input_conditioner.{field} says how pixels are normalised")
+            raise ConversionError(f"{where}: neither {field} nor a tensor {tensor} says how pixels are normalised")
         out.append(tuple(float(v) for v in value))
     return out[0], out[1]
 

@@ -81,14 +81,9 @@ def export_canonical(
     temporary = out_dir.parent / f".{out_dir.name}.{uuid.uuid4().hex[:8]}.partial"
     temporary.mkdir(parents=True)
     try:
+        stream = stream_to_hf(tensors, entries, dtype=dtype, state_dtype=state_dtype)
         writer = ShardWriter(temporary, plan, max_shard_bytes=max_shard_bytes)
-        try:
-            stream = stream_to_hf(tensors, entries, dtype=dtype, state_dtype=state_dtype)
-            for name, tensor in chain(stream, extra.items()):
-                writer.put(name, _as_planned(name, tensor, plan))
-            writer.close()
-        finally:
-            writer.abandon()
+        _write_weights(writer, chain(stream, extra.items()))
         write_config(
             config,
             temporary,
@@ -111,7 +106,7 @@ def _refuse_existing(out_dir: Path, overwrite: bool) -> None:
     if not overwrite:
         raise ConversionError(f"{out_dir} exists; choose another --out, or delete it first")
     if not (out_dir / MANIFEST).is_file():
-        raise ConversionError(f"{out_dir} exists and was not made by an export ({MANIFEST} is missing); choose another --out")
+        raise ConversionError(f"{out_dir} exists and no export made it (it has no {MANIFEST}); choose another --out")
 
 
 def _format_of(
@@ -134,6 +129,15 @@ def _plan(entries: list[Entry], dtype: torch.dtype, state_dtype: torch.dtype) ->
         wanted = state_dtype if entry.precision is Precision.STATE else dtype
         plan.update({n: Spec(s, wanted) for n, s in zip(entry.hf, entry.hf_shapes, strict=True)})
     return plan
+
+
+def _write_weights(writer: ShardWriter, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    try:
+        for name, tensor in tensors:
+            writer.put(name, _as_planned(name, tensor, writer.plan))
+        writer.close()
+    finally:
+        writer.abandon()
 
 
 def _as_planned(name: str, tensor: Tensor, plan: Mapping[str, Spec]) -> Tensor:
@@ -167,7 +171,8 @@ def _write_card_and_manifest(
         "parameters": parameters,
         "files": files,
         "tensors": {
-            n: {"dtype": CODE_OF[s.dtype], "shape": list(s.shape), "sha256": writer.hashes[n]} for n, s in writer.plan.items()
+            n: {"dtype": CODE_OF[s.dtype], "shape": list(s.shape), "sha256": writer.hashes[n]}
+            for n, s in writer.plan.items()
         },
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
@@ -178,7 +183,7 @@ def _count(spec: Spec) -> int:
 
 
 def _publish(temporary: Path, out_dir: Path) -> None:
-    """Rename into place; an older export of that name is moved aside first, so that the name never holds half of one."""
+    """Rename into place. An older export of that name is moved aside first: the name never holds half of one."""
     for path in temporary.rglob("*"):
         _sync(path)
     _sync(temporary)

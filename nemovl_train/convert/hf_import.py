@@ -98,10 +98,10 @@ def join_parts(language_dir: Path, vision_dir: Path, *, config: ModelConfig) -> 
             f"{language_dir} is {dtype_name(language.dtype)} and {vision_dir} is {dtype_name(vision.dtype)}; "
             "export both in one format"
         )
-    problems = _differences(language.config.language, config.language, "language", skip=("vocab_size", "init_std", "max_position"))
-    # What a run may choose for the same weights: how it tiles, and how it places the position grid.
-    chosen = ("tile_size", "position_mode", "norm_mean", "norm_std")
-    problems += _differences(vision.config.vision, config.vision, "vision", skip=chosen)
+    # What a model may choose for the same weights: its rows, how long it reads, how it scans and tiles.
+    free = ("vocab_size", "init_std", "max_position", "chunk_size", "tile_size", "norm_mean", "norm_std")
+    problems = _differences(language.config.language, config.language, "language", skip=free)
+    problems += _differences(vision.config.vision, config.vision, "vision", skip=free)
     problems += _other_statistics(vision.config, config)
     if config.language.vocab_size < language.config.language.vocab_size:
         problems.append(f"language.vocab_size={config.language.vocab_size} is less than the folder's rows")

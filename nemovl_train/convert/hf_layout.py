@@ -35,7 +35,8 @@ def vlm_config(config: ModelConfig, *, dtype: str, use_thumbnail: bool = True) -
         ConversionError: A setting that the layout has no field for.
     """
     if config.projector.norm_eps != PROJECTOR_EPS:
-        raise ConversionError(f"projector.norm_eps={config.projector.norm_eps}: readers of this layout use {PROJECTOR_EPS}")
+        eps = config.projector.norm_eps
+        raise ConversionError(f"projector.norm_eps={eps}: readers of this layout use {PROJECTOR_EPS}")
     tokens, vision = config.tokens, config.vision
     return {
         "_name_or_path": config.name,

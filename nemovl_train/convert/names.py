@@ -5,8 +5,9 @@ Three kinds of folder exist. `vlm`: the released vision-language layout; `langua
 classes `nemotron_h`, `radio` and `nemotron_h_omni` of Transformers, and the bridges of NVIDIA-NeMo/Megatron-Bridge.
 
 Shape legend
-    language   V vocabulary rows, H hidden, I Mamba inner (z, x), C conv channels (x, B, C), Z in_proj rows (z, x, B, C, dt),
-               M Mamba heads, K conv kernel, F feed-forward, Q query rows, G key rows (= value rows), A = Q + 2G
+    language   V vocabulary rows, H hidden, I Mamba inner (z, x), C conv channels (x, B, C),
+               Z in_proj rows (z, x, B, C, dt), M Mamba heads, K conv kernel, F feed-forward,
+               Q query rows, G key rows (= value rows), A = Q + 2G
     vision     E hidden, T = 3E, X pixels of a patch, N positions, R prefix tokens, W feed-forward
     projector  J = 4E pixel-shuffled width, L hidden
 """
@@ -148,7 +149,7 @@ def kind_of(config: ModelConfig) -> str:
     kinds = {frozenset(PARTS): "vlm", frozenset({"language"}): "language", frozenset({"vision"}): "vision"}
     kind = kinds.get(frozenset(config.parts))
     if kind is None:
-        raise ConversionError(f"model {config.name!r} has the parts {list(config.parts)}; a folder holds all, language, or vision")
+        raise ConversionError(f"{config.name}: parts {list(config.parts)}; a folder holds all, or language, or vision")
     return kind
 
 
@@ -186,7 +187,8 @@ def table(config: ModelConfig, kind: str) -> list[Entry]:
     if kind != "language":
         entries += _vision(config, vision_prefix(kind))
     if kind == "vlm":
-        dims = {"J": 4 * config.vision.hidden_size, "L": config.projector.ffn_hidden_size, "H": config.language.hidden_size}
+        joined, hidden = 4 * config.vision.hidden_size, config.language.hidden_size
+        dims = {"J": joined, "L": config.projector.ffn_hidden_size, "H": hidden}
         entries += [_entry(row, "projector.", "", dims) for row in PROJECTOR]
     return entries
 
@@ -214,7 +216,7 @@ def _language(config: ModelConfig) -> Iterator[Entry]:
     lm = config.language
     if lm.activation != "squared_relu" or lm.position != "none":
         raise ConversionError(
-            f"model {config.name!r}: a language model with activation {lm.activation!r} and position {lm.position!r} has no "
+            f"{config.name}: a language model with activation {lm.activation!r} and position {lm.position!r} has no "
             "Nemotron-H layout; only squared_relu without position embedding has"
         )
     dims = language_dims(lm)

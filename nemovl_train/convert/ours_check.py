@@ -56,8 +56,9 @@ def _logits(model: NemotronVL, config: ModelConfig, ids: Tensor, probe: Probe | 
     length, chunk = ids.numel(), config.language.chunk_size
     size = -(-length // chunk) * chunk
     tail = size - length
-    tiles = probe.tiles if probe is not None else torch.zeros(0, 3, config.vision.tile_size, config.vision.tile_size).byte()
-    start = probe.tile_start if probe is not None else torch.zeros(0, dtype=torch.int64)
+    side = config.vision.tile_size
+    tiles = torch.zeros(0, 3, side, side, dtype=torch.uint8) if probe is None else probe.tiles
+    start = torch.zeros(0, dtype=torch.int64) if probe is None else probe.tile_start
     pack = Pack(
         index=0,
         input_ids=torch.cat([ids, torch.full((tail,), config.tokens.pad)]),

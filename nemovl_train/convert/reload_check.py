@@ -7,12 +7,12 @@ Shape legend: S tokens, V vocabulary rows, T tiles, G patches along a tile's sid
 """
 
 import json
-import os
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+# ruff: noqa: E402
 # With a CPU build of torch, importing torchvision fails, and Transformers imports it wherever it is installed.
 sys.modules["torchvision"] = None  # type: ignore[assignment]
 
@@ -31,6 +31,7 @@ from transformers import (
 
 from nemovl_train.config.schema import ModelConfig
 from nemovl_train.convert import hf_layout
+from nemovl_train.convert.guard import refuse_code_from
 from nemovl_train.convert.hf_config import OMNI_FOLDER, read_config, read_kind
 from nemovl_train.convert.probe import Probe, make_probe
 from nemovl_train.convert.tensor_files import TensorFolder, read_json
@@ -58,24 +59,6 @@ def main(hf_dir: Path, out: Path) -> None:
     save_file({n: t.float().contiguous() for n, t in outputs.items()}, str(out / "theirs.safetensors"))
     versions = {"transformers": transformers.__version__, "torch": torch.__version__}
     (out / "theirs.json").write_text(json.dumps({"reports": reports, "versions": versions}), encoding="utf-8")
-
-
-def refuse_code_from(folder: Path) -> None:
-    """End the process if anything opens Python or pickle files of the folder, or a network connection.
-
-    Transformers runs a folder's code only when asked to; this makes sure of it.
-    """
-    root = str(folder.resolve()) + os.sep
-    forbidden = (".py", ".pyc", ".so", ".bin", ".pt", ".pth", ".pkl")
-
-    def hook(event: str, args: tuple[Any, ...]) -> None:
-        if event == "open" and isinstance(args[0], str) and args[0].endswith(forbidden):
-            if os.path.realpath(args[0]).startswith(root):
-                raise PermissionError(f"{args[0]} is code or a pickle of the folder under test")
-        if event == "socket.connect":
-            raise PermissionError(f"a connection to {args[1]} was tried")
-
-    sys.addaudithook(hook)
 
 
 def _language(hf_dir: Path, kind: str, files: TensorFolder, probe: Probe) -> tuple[Tensor, dict[str, Any]]:
@@ -123,13 +106,13 @@ def release_time_step(model: torch.nn.Module) -> None:
     """Take away the lower clamp of the time step: the class clamps at `time_step_min`, which training never did."""
     for module in model.modules():
         if hasattr(module, "time_step_limit"):
-            module.time_step_limit = (0.0, float("inf"))
+            setattr(module, "time_step_limit", (0.0, float("inf")))  # noqa: B010 (not a tensor)
 
 
 def _patches(config: ModelConfig, tiles: Tensor) -> tuple[Tensor, Tensor]:
     """Normalised patches [T * G * G, 3 * P * P], channels first inside a patch, and grids [T, 2]."""
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (config.vision.norm_mean, config.vision.norm_std))
-    pixels = (tiles.float() / 255.0 - mean) / std
+    mean, std = torch.tensor(config.vision.norm_mean), torch.tensor(config.vision.norm_std)
+    pixels = (tiles.float() / 255.0 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
     side, grid = config.vision.patch_size, config.vision.tile_size // config.vision.patch_size
     cut = pixels.unfold(2, side, side).unfold(3, side, side)  # [T, 3, G, G, P, P]
     return cut.permute(0, 2, 3, 1, 4, 5).reshape(-1, 3 * side * side), torch.full((tiles.shape[0], 2), grid)

@@ -1,8 +1,8 @@
 """Safetensors folders: reading by name with checks, and writing tensor by tensor with deterministic bytes.
 
-The file format is public (github.com/huggingface/safetensors): 8 bytes little-endian header length, a JSON header padded
-with spaces to 8 bytes, then the tensors' raw bytes. All sizes are known beforehand, so a header can be written first and
-each tensor put in its place whenever it arrives: one tensor in memory, and bytes that do not depend on the order.
+The file format is public (github.com/huggingface/safetensors): 8 bytes little-endian header length, a JSON header
+padded with spaces to 8 bytes, then the tensors' raw bytes. All sizes are known beforehand, so a header can be written
+first and each tensor put in its place whenever it arrives: one tensor in memory, and bytes that do not depend on order.
 """
 
 import hashlib
@@ -89,8 +89,8 @@ class TensorFolder:
         expected = self.hashes.get(name)
         if expected is not None and tensor_hash(tensor) != expected:
             raise ConversionError(
-                f"{self.folder / self._file_of[name]}: tensor {name} is not the one that was exported (SHA-256 differs); "
-                "copy the folder again, or delete nemovl_export.json if the weights were changed on purpose"
+                f"{self.folder / self._file_of[name]}: tensor {name} is not the one that was exported (SHA-256 "
+                "differs); copy the folder again, or delete nemovl_export.json if the weights were changed on purpose"
             )
         return tensor
 
@@ -111,8 +111,8 @@ def _index(folder: Path) -> dict[str, str]:
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES) if folder.is_dir() else []
     if pickles:
         raise ConversionError(
-            f"{folder} holds weights as {pickles[0]}, a pickle: loading it could run any code it carries, so it is never "
-            "opened; ask its author for safetensors, or convert it on a machine you can afford to lose"
+            f"{folder} holds weights as {pickles[0]}, a pickle: loading it could run any code it carries, so it is "
+            "never opened; ask its author for safetensors, or convert it on a machine you can afford to lose"
         )
     raise ConversionError(f"{folder} holds neither {SINGLE} nor {INDEX}")
 

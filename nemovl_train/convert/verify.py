@@ -58,7 +58,9 @@ def verify(hf_dir: Path, *, reference: Path | None = None, tolerance: float = TO
     card: dict[str, Any] = {
         "ok": False,
         "folder": hf_dir.resolve().name,
-        "command": f"nemovl convert verify {hf_dir}" + (f" --reference {reference}" if reference else ""),
+        # Names, not paths: the card travels with the folder.
+        "command": f"nemovl convert verify {hf_dir.resolve().name}"
+        + (f" --reference {reference.name}" if reference else ""),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "versions": _versions(),
         "tolerance": tolerance,
@@ -89,7 +91,7 @@ def verify(hf_dir: Path, *, reference: Path | None = None, tolerance: float = TO
 
 @contextmanager
 def _check(name: str, checks: list[Check]) -> Iterator[Check]:
-    """Adds a check to the list; an error that a user can act on is its outcome, any other is a bug and passes through."""
+    """Adds a check to the list. A user's error is its outcome; any other is a bug of ours and passes through."""
     check = Check(name)
     checks.append(check)
     try:
@@ -102,7 +104,12 @@ def _check(name: str, checks: list[Check]) -> Iterator[Check]:
 def _counts(folder: HFFolder) -> dict[str, Any]:
     constants = set(constant_names(folder.kind).values())
     sizes = [torch.Size(s.shape).numel() for n, s in folder.files.specs.items() if n not in constants]
-    return {"kind": folder.kind, "model": folder.config.name, "tensors": len(folder.files.specs), "parameters": sum(sizes)}
+    return {
+        "kind": folder.kind,
+        "model": folder.config.name,
+        "tensors": len(folder.files.specs),
+        "parameters": sum(sizes),
+    }
 
 
 def _check_files(hf_dir: Path, check: Check) -> None:
@@ -222,7 +229,10 @@ def _compare_keys(reports: Mapping[str, Any], expected: Mapping[str, Mapping[str
 
 
 def _differences(work: Path) -> dict[str, float]:
-    with safe_open(str(work / "ours.safetensors"), "pt") as ours, safe_open(str(work / "theirs.safetensors"), "pt") as theirs:
+    with (
+        safe_open(str(work / "ours.safetensors"), "pt") as ours,
+        safe_open(str(work / "theirs.safetensors"), "pt") as theirs,
+    ):
         if set(ours.keys()) != set(theirs.keys()):
             raise ConversionError(f"only one side computed {sorted(set(ours.keys()) ^ set(theirs.keys()))}")
         out = {}

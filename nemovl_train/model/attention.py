@@ -1,6 +1,6 @@
 """Attention of the `torch` backend: plain scaled dot products on any device.
 
-Shape legend: S tokens in a pack, B tiles, L tokens of one tile or document, Q query heads, K key/value heads, D head width.
+Shape legend: S tokens in a pack, B tiles, L tokens of a tile or document, Q query and K key/value heads, D head width.
 """
 
 import torch
@@ -37,7 +37,9 @@ class TorchAttention(MegatronModule):
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         super().__init__(config)
-        assert attention_type == "self" and not config.attention_dropout and not attention_dropout
+        assert attention_type == "self"
+        assert not config.attention_dropout
+        assert not attention_dropout
         self.scale = softmax_scale
 
     def forward(
@@ -67,8 +69,8 @@ class TorchAttention(MegatronModule):
         assert attention_bias is None
         if packed_seq_params is None:
             causal = attn_mask_type == AttnMaskType.causal
-            batch = [t.permute(1, 2, 0, 3) for t in (query, key, value)]
-            return self._attend(*batch, causal).permute(2, 0, 1, 3).flatten(2)
+            query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+            return self._attend(query, key, value, causal).permute(2, 0, 1, 3).flatten(2)
         assert attn_mask_type == AttnMaskType.causal
         heads_first = [t.transpose(0, 1).unsqueeze(0) for t in (query, key, value)]
         # One call per document: no work and no memory for pairs of tokens that must not see each other.
@@ -79,6 +81,4 @@ class TorchAttention(MegatronModule):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
         """[B, heads, L, D] each -> [B, Q, L, D]."""
         grouped = query.shape[1] != key.shape[1]
-        return F.scaled_dot_product_attention(
-            query, key, value, is_causal=causal, scale=self.scale, enable_gqa=grouped
-        )
+        return F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=self.scale, enable_gqa=grouped)

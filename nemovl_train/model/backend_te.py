@@ -1,5 +1,7 @@
 """Leaf modules of the `te` backend. Imported only where Transformer Engine and CUDA are there."""
 
+from typing import Any
+
 import torch
 import transformer_engine.pytorch as te
 from megatron.core.extensions.transformer_engine import (
@@ -44,7 +46,7 @@ class PlainLayerNorm(_NoExtraState, te.LayerNorm):
     """Transformer Engine's LayerNorm."""
 
 
-def te_norm(config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> nn.Module:
+def te_norm(config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> Any:
     """The norm that `config.normalization` names; its parameters carry `sequence_parallel` for the gradient sum."""
     norm = {"RMSNorm": PlainRMSNorm, "LayerNorm": PlainLayerNorm}[config.normalization]
     return norm(

@@ -185,7 +185,7 @@ class LanguageModel(HybridModel):
         logits, _ = self.output_layer(hidden, runtime_gather_output=True)
         return logits.squeeze(1).float()
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, input_ids: Tensor, pack: PackParams, labels: Tensor | None = None, embeddings: Tensor | None = None
     ) -> Tensor:
         """Cross entropy [S] float32 where there are labels (zero elsewhere), or logits [S, V] without labels.

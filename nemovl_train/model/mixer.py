@@ -1,6 +1,6 @@
 """The Mamba-2 mixer of both backends: megatron-core's parameters and checkpoint layout, our forward over packs.
 
-Shape legend: S tokens in a pack, H hidden, D channels of the convolution. "Local" sizes are this tensor parallel rank's.
+Shape legend: S tokens in a pack, H hidden. "Local" sizes are this tensor parallel rank's.
 """
 
 from typing import Any
@@ -73,7 +73,8 @@ class PackedMambaMixer(MambaMixer):
         chunk_size: int = 128,
     ) -> None:
         MegatronModule.__init__(self, config)
-        assert pg_collection is not None and config.mamba_num_heads is not None
+        assert pg_collection is not None
+        assert config.mamba_num_heads is not None
         assert pg_collection.cp.size() == 1, "the layout check refuses context parallelism before a model is built"
         self.layer_number, self.pp_layer_offset = layer_number, pp_layer_offset
         self.tp_group, self.chunk_size, self.d_conv, self.d_model = pg_collection.tp, chunk_size, d_conv, d_model
@@ -84,7 +85,9 @@ class PackedMambaMixer(MambaMixer):
         self._A_neg_exp_cache_stale = True
 
         tp = self.tp_group.size()
-        assert self.nheads % tp == 0 and self.ngroups % tp == 0 and self.nheads % self.ngroups == 0
+        assert self.nheads % tp == 0
+        assert self.ngroups % tp == 0
+        assert self.nheads % self.ngroups == 0
         self.nheads_local_tp, self.ngroups_local_tp = self.nheads // tp, self.ngroups // tp
         self.d_inner_local_tp = self.d_inner // tp
         state_columns = self.ngroups_local_tp * self.d_state
@@ -92,7 +95,7 @@ class PackedMambaMixer(MambaMixer):
         self._build_parameters([self.d_inner_local_tp, state_columns, state_columns])
 
     def _build_projections(self, submodules: MambaMixerSubmodules, local_columns: list[int]) -> None:
-        common = dict(config=self.config, bias=False, is_expert=False, tp_group=self.tp_group)
+        common = {"config": self.config, "bias": False, "is_expert": False, "tp_group": self.tp_group}
         self.in_proj = build_module(
             submodules.in_proj,
             self.d_model,
@@ -142,14 +145,17 @@ class PackedMambaMixer(MambaMixer):
 
         Args:
             hidden_states: [S, 1, H]; the rank's part of S with sequence parallelism.
-            inference_context: Must be None, as `inference_params`.
+            inference_context: Must be None: this forward is for training.
+            inference_params: Must be None.
             packed_seq_params: Boundaries of the pack. Without them states would leak from sample to sample.
 
         Returns:
             [S, 1, H], and no bias.
         """
-        assert inference_context is None and inference_params is None
-        assert packed_seq_params is not None and packed_seq_params.seq_idx is not None, "a Mamba layer needs seq_idx"
+        assert inference_context is None
+        assert inference_params is None
+        assert getattr(packed_seq_params, "seq_idx", None) is not None, "a Mamba layer needs seq_idx"
+        assert packed_seq_params is not None
         projected, _ = self.in_proj(hidden_states)
         assert projected.shape[1] == 1, "packs are the only batch"
         inner = dispatch.mamba_inner(

@@ -28,7 +28,7 @@ class PackParams(PackedSeqParams):
             seq_idx: [1, S] int32, number of the document of every token.
             max_seqlen: Longest document, rounded up at will; known on the host so that no kernel has to ask.
         """
-        assert seq_idx.dim() == 2 and seq_idx.shape[0] == 1, f"seq_idx is [1, S], not {tuple(seq_idx.shape)}"
+        assert seq_idx.shape[:-1] == (1,), f"seq_idx is [1, S], not {tuple(seq_idx.shape)}"
         return cls(
             qkv_format="thd",
             cu_seqlens_q=cu_seqlens,

@@ -112,7 +112,7 @@ class NemotronVL(MegatronModule):
         assert self.vision_model is not None, "this model has no vision part"
         assert self.projector is not None, "this model has no projector"
         trained = any(parameter.requires_grad for parameter in self.vision_model.parameters())
-        # Nothing is below the tower, so a frozen one needs no graph and keeps no activations.
+        # Nothing is below the tower: a frozen one needs no graph, whatever its kernels would keep for a backward pass.
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
             features = self.vision_model.encode(tiles_T3PP)
         return self.projector(features)

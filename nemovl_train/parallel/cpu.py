@@ -79,11 +79,39 @@ def _init_data(self: Any, device: Any, init_fn: Callable[..., torch.Tensor] = to
         self.data = init_fn(self.local_shape, dtype=self.dtype, device=_CPU)
 
 
+_DISTRIBUTED_OPTIMIZER = "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
+
+
+def _state_dict(self: Any) -> dict[str, Any]:
+    """`DistributedOptimizer.state_dict`, also before the first step, when PyTorch's AdamW has no state yet."""
+    for group in self.optimizer.param_groups:
+        for parameter in group["params"]:
+            state = self.optimizer.state[parameter]
+            for key in ("exp_avg", "exp_avg_sq"):
+                state.setdefault(key, torch.zeros_like(parameter))
+            state.setdefault("step", torch.zeros(()))
+    return _originals[f"{_DISTRIBUTED_OPTIMIZER}.state_dict"](self)
+
+
+def _load_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
+    """`DistributedOptimizer.load_state_dict`, with a step count of its own for every parameter."""
+    _originals[f"{_DISTRIBUTED_OPTIMIZER}.load_state_dict"](self, state_dict)
+    for state in self.optimizer.state.values():
+        state["step"] = state["step"].clone()
+
+
+def _set_states(self: Any, model_param: torch.Tensor, tensors: dict[str, Any]) -> None:
+    """`DistributedOptimizer._set_main_param_and_optimizer_states`; the step count stays as loaded."""
+    name = f"{_DISTRIBUTED_OPTIMIZER}._set_main_param_and_optimizer_states"
+    _originals[name](self, model_param, {"step": None, **tensors})
+
+
+_originals: dict[str, Any] = {}
 _cpu_torch = _CpuTorch()
 
 REPLACEMENTS: dict[str, Replacement] = {
     "torch.cuda.current_device": Replacement(
-        "distributed/param_and_grad_buffer.py allocates gradient and parameter buffers on it; tensor_parallel/layers.py "
+        "distributed/param_and_grad_buffer.py allocates gradient and parameter buffers; tensor_parallel/layers.py "
         "and mappings.py weights and gathered activations; dist_checkpointing/strategies/state_dict_saver.py a flag",
         lambda: _CPU,
     ),
@@ -134,9 +162,21 @@ REPLACEMENTS: dict[str, Replacement] = {
     "megatron.core.dist_checkpointing.exchange_utils.torch": Replacement(
         "dist_checkpointing/exchange_utils.py allocates exchange buffers with device='cuda'", _cpu_torch
     ),
+    f"{_DISTRIBUTED_OPTIMIZER}.state_dict": Replacement(
+        "optimizer/distrib_optimizer.py asks a fresh optimizer for its step count when it loads; the fused CUDA Adam "
+        "has one, PyTorch's AdamW, which takes its place without CUDA, has none before its first step",
+        _state_dict,
+    ),
+    f"{_DISTRIBUTED_OPTIMIZER}.load_state_dict": Replacement(
+        "optimizer/distrib_optimizer.py gives all parameters one step tensor, which PyTorch's AdamW then counts up "
+        "once a parameter: the first step after a resume would be another one",
+        _load_state_dict,
+    ),
+    f"{_DISTRIBUTED_OPTIMIZER}._set_main_param_and_optimizer_states": Replacement(
+        "optimizer/distrib_optimizer.py meets PyTorch AdamW's `step` among the states and misses it in the checkpoint",
+        _set_states,
+    ),
 }
-
-_originals: dict[str, Any] = {}
 
 
 def install_if_no_cuda() -> None:

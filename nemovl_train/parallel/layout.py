@@ -69,9 +69,6 @@ class Layout:
         if problems:
             raise LayoutError("\n".join(problems))
         assert not parallel_state.model_parallel_is_initialized(), "Layout.destroy() comes before the next create()"
-        if parallel.sequence_parallel:
-            # Not used by the layers themselves on Hopper and later, but megatron-core refuses to run without it.
-            os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tp,
             context_parallel_size=parallel.cp,
@@ -98,7 +95,9 @@ class Layout:
 
         torch.distributed itself stays up: its rendezvous cannot be repeated under a launcher. `shutdown` ends it.
         """
-        groups = {id(g): g for c in (self.language_groups, self.vision_groups) for g in vars(c).values() if g is not None}
+        groups = {
+            id(g): g for c in (self.language_groups, self.vision_groups) for g in vars(c).values() if g is not None
+        }
         parallel_state.destroy_model_parallel()
         for group in groups.values():
             if not isinstance(group, list) and group is not dist.group.WORLD:
@@ -118,6 +117,10 @@ def _start_distributed() -> torch.device:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
+        # Decays of the scan underflow to denormals, on which a CPU is some twenty times slower.
+        torch.set_flush_denormal(True)
+        # A hint for CUDA streams; megatron-core warns at every sequence parallel layer without it.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         if all(name in os.environ for name in _TORCHRUN_VARIABLES):
@@ -131,8 +134,12 @@ def _vision_groups() -> ProcessGroupCollection:
     """Groups of a part that is replicated: a new one over all processes for data, a group of one for all else."""
     everyone = dist.new_group(list(range(dist.get_world_size())), group_desc="VISION_DATA_PARALLEL_GROUP")
     alone = parallel_state.get_pipeline_model_parallel_group()  # always this process only: we do not use pipelines
-    data = ("dp", "dp_cp", "dp_cp_gtp_remat", "intra_dp_cp", "tp_dp_cp", "intra_dist_opt")
-    data += ("expt_dp", "expt_dp_gtp_remat", "intra_expt_dp")
-    model = ("tp", "pp", "mp", "cp", "tp_cp", "embd", "pos_embd", "gtp_remat")
-    model += ("ep", "expt_tp", "tp_ep", "tp_ep_pp", "tp_ep_pp_with_egtp_remat", "expt_gtp_remat")
+    data = [
+        *("dp", "dp_cp", "dp_cp_gtp_remat", "intra_dp_cp", "tp_dp_cp", "intra_dist_opt"),
+        *("expt_dp", "expt_dp_gtp_remat", "intra_expt_dp"),
+    ]
+    model = [
+        *("tp", "pp", "mp", "cp", "tp_cp", "embd", "pos_embd", "gtp_remat"),
+        *("ep", "expt_tp", "tp_ep", "tp_ep_pp", "tp_ep_pp_with_egtp_remat", "expt_gtp_remat"),
+    ]
     return ProcessGroupCollection(**dict.fromkeys(data, everyone), **dict.fromkeys(model, alone))

@@ -5,9 +5,7 @@ from collections.abc import Iterable
 from nemovl_train.config.schema import LanguageConfig, ParallelConfig
 
 
-def layout_problems(
-    parallel: ParallelConfig, world_size: int, language: LanguageConfig | None = None
-) -> list[str]:
+def layout_problems(parallel: ParallelConfig, world_size: int, language: LanguageConfig | None = None) -> list[str]:
     """Names every reason why a layout cannot run, each with the nearest legal value.
 
     Args:

@@ -135,21 +135,24 @@ def line_chart(
         body += _draw(line, offset, total, scale, show=show, averaged=averaged)
         names += _stage_name(line, offset, total)
         offset += line.extent
-    heights = [(value, 1 - scale.share(value)) for value in scale.ticks]
-    grid = "".join(f"M0 {HEIGHT * y:.1f}H{WIDTH:.0f}" for _, y in heights)
-    y_labels = Markup().join(
-        Markup('<span class="y" style="top:{:.2f}%">{}</span>').format(100 * y, label(value)) for value, y in heights
-    )
-    x_labels = Markup().join(
-        Markup('<span class="x" style="left:{:.2f}%">{}</span>').format(100 * step / total, tick(step))
-        for step in nice_ticks(0, total, 4)
-        if step <= total
-    )
+    grid = "".join(f"M0 {HEIGHT * (1 - scale.share(value)):.1f}H{WIDTH:.0f}" for value in scale.ticks)
+    labels = _axis_labels(scale, total, label)
     return Markup(
         '<figure class="chart"><figcaption>{}</figcaption><div class="frame"><div class="names">{}</div>'
         '<div class="plot"><svg viewBox="0 0 {:.0f} {:.0f}" preserveAspectRatio="none" role="img" aria-label="{}">'
-        '<path class="grid" d="{}"></path>{}</svg>{}{}</div></div></figure>'
-    ).format(title, names, WIDTH, HEIGHT, f"{title} over steps", grid, body, y_labels, x_labels)
+        '<path class="grid" d="{}"></path>{}</svg>{}</div></div></figure>'
+    ).format(title, names, WIDTH, HEIGHT, f"{title} over steps", grid, body, labels)
+
+
+def _axis_labels(scale: Scale, total: float, label: Callable[[float], str]) -> Markup:
+    """Values beside the plot and steps below it."""
+    y, x = (
+        Markup('<span class="y" style="top:{:.2f}%">{}</span>'),
+        Markup('<span class="x" style="left:{:.2f}%">{}</span>'),
+    )
+    values = [y.format(100 * (1 - scale.share(value)), label(value)) for value in scale.ticks]
+    steps = [x.format(100 * step / total, tick(step)) for step in nice_ticks(0, total, 4) if step <= total]
+    return Markup().join([*values, *steps])
 
 
 def _drop_non_positive(line: Line) -> Line:

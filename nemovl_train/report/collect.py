@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class Stage:
         config: `config.yaml`, empty when missing.
         checkpoints: Checkpoint folders in order.
         folder: Where it lives.
+        short: Name for places without room: `stage1` for `stage1_sft_16k` where that is unambiguous.
     """
 
     name: str
@@ -54,15 +55,11 @@ class Stage:
     config: dict[str, Any]
     checkpoints: list[Checkpoint]
     folder: Path
-
-    @property
-    def short(self) -> str:
-        """First word of the name, for places without room: `stage1` of `stage1_sft_16k`."""
-        return self.name.split("_")[0] or self.name
+    short: str
 
     @property
     def rest(self) -> str:
-        """The name after its first word."""
+        """The name after its short form."""
         return self.name[len(self.short) :].strip("_").replace("_", " ")
 
     def column(self, key: str) -> list[float]:
@@ -182,7 +179,7 @@ def read_run(folder: Path) -> Run:
     parts = [_read_stage(reader, path.parent, {}) for path in sorted((folder / "parts").rglob("metrics.jsonl"))]
     return Run(
         folder=folder,
-        stages=stages,
+        stages=_with_short_names(stages),
         parts=parts,
         environment=reader.json(folder / "environment.json", dict),
         verification=reader.json(folder / "hf" / "verification.json", dict),
@@ -220,7 +217,16 @@ def _read_stage(reader: Reader, folder: Path, entry: dict[str, Any]) -> Stage:
         config=reader.yaml(folder / "config.yaml"),
         checkpoints=_checkpoints(folder / "checkpoints"),
         folder=folder,
+        short=folder.name,
     )
+
+
+def _with_short_names(stages: list[Stage]) -> list[Stage]:
+    """Name stages by their first word, unless two of them would be the same."""
+    words = [stage.name.split("_")[0] for stage in stages]
+    if len(set(words)) < len(words) or not all(words):
+        return stages
+    return [replace(stage, short=word) for stage, word in zip(stages, words, strict=True)]
 
 
 def _state(rows: list[dict[str, Any]], events: list[dict[str, Any]]) -> str:

@@ -99,13 +99,14 @@ def summarise_run(run: Run, summaries: Sequence[StageSummary]) -> RunSummary:
         run: The run.
         summaries: One per stage of it.
     """
-    states = [stage.state for stage in run.stages]
-    done = states.count(DONE)
-    if states and done == len(states):
-        state = DONE
-    else:
-        state = RUNNING if RUNNING in states else ("stopped between stages" if done else PENDING)
     everything = [*run.parts, *run.stages]
+    done = sum(stage.state == DONE for stage in run.stages)
+    if run.stages and done == len(run.stages):
+        state = DONE
+    elif any(stage.state == RUNNING for stage in everything):
+        state = RUNNING
+    else:
+        state = "between stages" if done or run.parts else PENDING
     return RunSummary(
         state=state,
         started=min(_finite([stage.started for stage in everything]), default=math.nan),

@@ -44,21 +44,19 @@ def run(config: ScheduleConfig) -> int:
         parent = root / entry.name / "checkpoints" / f"step_{stage_config.trainer.steps:08d}"
         ledger.update(entry, state=DONE, checkpoint=str(parent.relative_to(root)))
     if config.export:
-        _publish(config, root, parent)
+        _publish(root, parent)
     return 0
 
 
-def _publish(config: ScheduleConfig, root: Path, checkpoint: Path) -> None:
+def _publish(root: Path, checkpoint: Path) -> None:
     """Export the last stage, prove that the folder loads elsewhere, write the report."""
-    from nemovl_train.convert.checkpoints import checkpoint_tensors
-    from nemovl_train.convert.hf_export import export_canonical
+    from nemovl_train.convert.checkpoints import export_checkpoint
     from nemovl_train.convert.verify import verify
     from nemovl_train.report.html import write_report
 
     out = root / "hf"
     if not out.exists():
-        model, tensors, facts = checkpoint_tensors(checkpoint)
-        export_canonical(tensors, model, out, kind="vlm", tokenizer=Path(config.tokenizer), card=facts)
+        export_checkpoint(checkpoint, out)
     if not (out / "verification.json").exists():
         verify(out, reference=checkpoint)
     report = write_report(root)

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, replace
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from data_pipelines.config import DataConfig, SourceConfig
+from data_pipelines.config import SourceConfig
 from data_pipelines.demo.make import make_demo
 from data_pipelines.demo.tokenizer import base_tokenizer
 from data_pipelines.loader import heldout_packs
 from nemovl_train.checkpoint import sealed
-from nemovl_train.config.compose import compose_run
-from nemovl_train.config.schema import ModelConfig, ScheduleConfig
-from nemovl_train.convert.checkpoints import canonical_state, checkpoint_tensors, load_tensors, single_process_model
+from nemovl_train.config.compose import compose_run, compose_stage
+from nemovl_train.config.schema import ScheduleConfig
+from nemovl_train.convert.checkpoints import (
+    canonical_state,
+    export_checkpoint,
+    save_as_checkpoint,
+    single_process_model,
+)
 from nemovl_train.convert.hf_export import export_canonical
 from nemovl_train.convert.hf_import import join_parts
 from nemovl_train.exceptions import ConfigError
@@ -38,8 +44,8 @@ def prepare_parts(config: ScheduleConfig, root: Path) -> Path:
     Returns:
         Checkpoint with the joined weights, the parent of the first stage.
     """
-    folder = root / "parts" / "joined" / "checkpoints"
-    done = sealed.latest(folder)
+    out = root / "parts" / "joined"
+    done = sealed.latest(out / "checkpoints")
     if done is not None:
         return done
     if config.parts.make == "tiny":
@@ -52,16 +58,21 @@ def prepare_parts(config: ScheduleConfig, root: Path) -> Path:
         for key, path in (("parts.language", language), ("parts.vision", vision)):
             if not (path / "config.json").is_file():
                 raise ConfigError([f"{key}={str(path)!r} is not a Hugging Face folder: config.json is missing"])
-    return _join(config, language, vision, folder)
+    return _join(config, language, vision, out)
 
 
-def _join(config: ScheduleConfig, language: Path, vision: Path, folder: Path) -> Path:
+def _join(config: ScheduleConfig, language: Path, vision: Path, out: Path) -> Path:
     """One checkpoint from both parts; the projector, which neither has, keeps its initial weights."""
-    tensors = join_parts(language, vision, config=config.model)
-    with single_process_model(config.model, torch.float32, seed=config.seed) as model:
-        load_tensors(model, tensors, may_lack=("projector.",))
-        state = {"model": asdict(config.model), "dtype": "float32", "source": f"{language.name} + {vision.name}"}
-        return sealed.save(folder, 0, model=model, optimizer=None, state=state, run_id=f"{config.run.name}/parts")
+    shutil.rmtree(out, ignore_errors=True)  # an import that was cut off left no checkpoint
+    return save_as_checkpoint(
+        config.model,
+        join_parts(language, vision, config=config.model),
+        out,
+        dtype=torch.float32,
+        origin={"source": f"{language.name} + {vision.name}"},
+        may_lack=("projector.",),
+        seed=config.seed,
+    )
 
 
 def _make_language(config: ScheduleConfig, root: Path) -> None:
@@ -75,8 +86,7 @@ def _make_language(config: ScheduleConfig, root: Path) -> None:
         raise SystemExit(code)
     base_tokenizer(root / "data" / "tokenizer", root / "parts" / "tokenizer")
     checkpoint = trainer.resolve_checkpoint(Path(run.run.root) / run.run.name / run.run.stage)
-    model, tensors, facts = checkpoint_tensors(checkpoint)
-    export_canonical(tensors, model, out, kind="language", tokenizer=root / "parts" / "tokenizer", card=facts)
+    export_checkpoint(checkpoint, out, tokenizer=root / "parts" / "tokenizer")
 
 
 def _make_vision(config: ScheduleConfig, root: Path) -> None:
@@ -85,7 +95,7 @@ def _make_vision(config: ScheduleConfig, root: Path) -> None:
     if out.exists():
         return
     model_config = replace(config.model, parts=("vision",))
-    pictures = _pictures(config.model, root)
+    pictures = _pictures(config, root)
     with single_process_model(model_config, torch.float32, seed=config.seed) as model:
         assert model.vision_model is not None
         error = pretrain_tower(model.vision_model, pictures, seed=config.seed)
@@ -94,14 +104,11 @@ def _make_vision(config: ScheduleConfig, root: Path) -> None:
         export_canonical(canonical_state(model).items(), model_config, out, kind="vision", tokenizer=None, card=facts)
 
 
-def _pictures(model: ModelConfig, root: Path) -> torch.Tensor:
-    """Tiles of the training splits, [T, 3, P, P] uint8."""
-    data = DataConfig(
-        sources={name: SourceConfig(path=str(root / "data" / name)) for name in TOWER_SOURCES},
-        tokenizer=str(root / "data" / "tokenizer"),
-        tile_size=model.vision.tile_size,
-        seq_length=1024,
-        packing="sequential",
-    )
-    packs = heldout_packs(data, tokens_per_tile=model.tokens_per_tile, split="train", max_samples=PICTURES_PER_SOURCE)
+def _pictures(config: ScheduleConfig, root: Path) -> torch.Tensor:
+    """Tiles of the training splits under the first stage's media rules, [T, 3, P, P] uint8."""
+    rules = compose_stage(config, config.stages[0]).data
+    sources = {name: SourceConfig(path=str(root / "data" / name)) for name in TOWER_SOURCES}
+    data = replace(rules, sources=sources, packing="sequential")
+    tokens_per_tile = config.model.tokens_per_tile
+    packs = heldout_packs(data, tokens_per_tile=tokens_per_tile, split="train", max_samples=PICTURES_PER_SOURCE)
     return torch.cat([pack.tiles for pack in packs])

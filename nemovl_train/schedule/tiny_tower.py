@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nemovl_train.config.schema import OptimConfig
 from nemovl_train.model.vision import VisionTower
 from nemovl_train.training.lr import learning_rate
-from nemovl_train.config.schema import OptimConfig
 
 log = logging.getLogger(__name__)
 

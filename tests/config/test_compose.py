@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -115,7 +116,7 @@ def test_groups_of_ones_own_are_found(tmp_path):
     (tmp_path / "parallel").mkdir()
     (tmp_path / "parallel" / "two.yaml").write_text("tp: 2\n")
     assert compose_run(STAGE, ["parallel=two"], config_dirs=[tmp_path]).parallel.tp == 2
-    assert "did you mean two?" in problems(STAGE, "parallel=twoo", config_dirs=[tmp_path])[0]
+    assert "did you mean two?" in problems(STAGE, "parallel=tw", config_dirs=[tmp_path])[0]
 
 
 def test_every_recipe_has_a_launch_line_and_a_description():
@@ -135,5 +136,7 @@ def test_composing_imports_neither_torch_nor_megatron():
         "compose_schedule('tiny/schedule')\n"
         "print([m for m in ('torch', 'megatron', 'transformers', 'numpy') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "[]"

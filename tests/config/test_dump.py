@@ -28,7 +28,13 @@ def test_a_damaged_dump_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("api_key", "x"), ("wandb_token", "x"), ("password", "x"), ("path", "hf_abcdefghijkl"), ("path", "s3://u:p@host/x")],
+    [
+        ("api_key", "x"),
+        ("wandb_token", "x"),
+        ("password", "x"),
+        ("path", "hf_abcdefghijkl"),
+        ("path", "s3://u:p@host/x"),
+    ],
 )
 def test_secrets_are_redacted(key: str, value: str):
     shown = redact({"section": {key: value}})["section"][key]

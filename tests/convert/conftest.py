@@ -30,5 +30,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> di
     for kind in ("vlm", "language", "vision"):
         tensors = random_tensors(kind=kind)
         tokenizer = None if kind == "vision" else tokenizer_dir
-        out[kind] = export_canonical(tensors.items(), CONFIG, root / kind, kind=kind, tokenizer=tokenizer, card={"recipe": "test"})
+        out[kind] = export_canonical(
+            tensors.items(), CONFIG, root / kind, kind=kind, tokenizer=tokenizer, card={"recipe": "test"}
+        )
     return out

@@ -18,7 +18,9 @@ TEXT = replace(CONFIG, parts=("language",), language=replace(CONFIG.language, vo
 @pytest.fixture(scope="module")
 def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("text") / "language"
-    return export_canonical(random_tensors(TEXT, "language").items(), TEXT, out, kind="language", tokenizer=None, card={})
+    return export_canonical(
+        random_tensors(TEXT, "language").items(), TEXT, out, kind="language", tokenizer=None, card={}
+    )
 
 
 def test_new_rows_are_the_mean_of_the_old(text_model: Path, folders: dict[str, Path]) -> None:

@@ -71,7 +71,8 @@ def test_round_trip_is_bitwise(dtype: torch.dtype, state_dtype: torch.dtype) -> 
     back = canonical_to_hf(ours, CONFIG, constants=constants_of(hf, "vlm"), state_dtype=state_dtype)
     assert back.keys() == hf.keys()
     for name in hf:
-        assert back[name].dtype == hf[name].dtype and torch.equal(back[name], hf[name]), name
+        assert back[name].dtype == hf[name].dtype, name
+        assert torch.equal(back[name], hf[name]), name
 
 
 def test_constants_are_written_and_passed_through() -> None:
@@ -139,5 +140,5 @@ def test_export_refuses_damage_by_name() -> None:
         with pytest.raises(ConversionError, match=words):
             canonical_to_hf(ours | change, CONFIG)
     del ours[name]
-    with pytest.raises(ConversionError, match="missing projector.linear_fc1.weight"):
+    with pytest.raises(ConversionError, match=r"missing projector\.linear_fc1\.weight"):
         canonical_to_hf(ours, CONFIG)

@@ -42,7 +42,8 @@ def test_auto_classes_open_the_parts(folders: dict[str, Path]) -> None:
     vision = transformers.AutoModel.from_pretrained(folders["vision"], local_files_only=True)
     assert type(vision).__name__ == "RadioModel"
     config = transformers.AutoConfig.from_pretrained(folders["vlm"] / "transformers_omni", local_files_only=True)
-    assert type(config).__name__ == "NemotronH_Omni_Reasoning_V3_Config" and config.audio_config is None
+    assert type(config).__name__ == "NemotronH_Omni_Reasoning_V3_Config"
+    assert config.audio_config is None
 
 
 def test_what_save_pretrained_wrote_can_be_imported(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemovl_train.convert.verify import verify
+from nemovl_train.convert.hf_import import HFFolder
+from nemovl_train.convert.verify import Check, _check_reference, verify
 
 from .tiny import CONFIG
 
@@ -38,9 +39,11 @@ def test_damaged_folder_fails_before_any_model_runs(folders: dict[str, Path], tm
     data[-5] ^= 1
     path.write_bytes(data)
     card = verify(tmp_path / "x")
-    assert not card["ok"] and card["largest_difference"] is None
+    assert not card["ok"]
+    assert card["largest_difference"] is None
     errors = {c["name"]: c["detail"].get("error", "") for c in card["checks"]}
-    assert "model.safetensors" in errors["files"] and "SHA-256 differs" in errors["round trip"]
+    assert "model.safetensors" in errors["files"]
+    assert "SHA-256 differs" in errors["round trip"]
     assert "reload" not in errors
 
 
@@ -48,7 +51,7 @@ def test_reload_process_refuses_code_and_network(folders: dict[str, Path], tmp_p
     """The guard of the clean process, tried in one of its own because audit hooks cannot be taken back."""
     (tmp_path / "modeling.py").write_text("")
     script = (
-        "import sys, socket; from pathlib import Path; from nemovl_train.convert.reload_check import refuse_code_from\n"
+        "import sys, socket; from pathlib import Path; from nemovl_train.convert.guard import refuse_code_from\n"
         f"root = Path({str(tmp_path)!r}); refuse_code_from(root)\n"
         "for attempt in (lambda: open(root / 'modeling.py'), lambda: open(str(root / 'modeling.py')),\n"
         "                lambda: socket.create_connection(('127.0.0.1', 9), timeout=1)):\n"
@@ -79,6 +82,9 @@ def test_folder_to_checkpoint_to_folder_is_bitwise(
     assert info.config.language.hybrid_pattern == CONFIG.language.hybrid_pattern or kind == "vision"
     assert all(t.dtype == torch.float32 for _, t in tensors)
     again = export_checkpoint(tmp_path / "ckpt", tmp_path / "again")
+    same = Check("reference")
+    _check_reference(HFFolder(again), path, same)
+    assert same.detail["parent"] == kind
     for name in ("model.safetensors", "config.json"):
         assert (again / name).read_bytes() == (folders[kind] / name).read_bytes()
 

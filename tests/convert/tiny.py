@@ -38,7 +38,9 @@ CONFIG = ModelConfig(
 )
 
 
-def random_tensors(config: ModelConfig = CONFIG, kind: str = "vlm", *, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def random_tensors(
+    config: ModelConfig = CONFIG, kind: str = "vlm", *, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
     """Canonical tensors whose every value matters: no zeros, no ones, norms and states included."""
     generator = torch.Generator().manual_seed(7)
     out = {}

@@ -80,7 +80,8 @@ def test_two_names_of_one_folder_get_two_orders(config):
     packs = next(stream(config, global_batch=30))
     drawn = [pair for p in packs for pair in zip(p.dataset_ids, p.sample_keys, strict=True)]
     mixed, again = ([key for name, key in drawn if name == wanted] for wanted in ("mixed", "again"))
-    assert len(mixed) > 20 and mixed != again
+    assert len(mixed) > 20
+    assert mixed != again
 
 
 def test_tile_size_must_be_the_models(config):

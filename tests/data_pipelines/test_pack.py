@@ -1,3 +1,4 @@
+import itertools
 import logging
 
 import numpy as np
@@ -25,7 +26,7 @@ def first_packs(config, count, **options):
 
 def documents(pack):
     bounds = pack.cu_seqlens.tolist()
-    spans = [(a, b) for a, b in zip(bounds, bounds[1:], strict=False) if b > a]
+    spans = [(a, b) for a, b in itertools.pairwise(bounds) if b > a]
     return spans[: len(pack.sample_keys)], spans[len(pack.sample_keys) :]
 
 
@@ -35,11 +36,15 @@ def test_contract_of_every_pack(mixed_folder, configure, tokenizer):
     for pack in first_packs(config, 25):
         spans, tail = documents(pack)
         for name, dtype in (("input_ids", torch.int64), ("labels", torch.int64), ("loss_weight", torch.float32)):
-            assert getattr(pack, name).shape == (size,) and getattr(pack, name).dtype == dtype
+            assert getattr(pack, name).shape == (size,)
+            assert getattr(pack, name).dtype == dtype
         assert pack.seq_idx.dtype == pack.cu_seqlens.dtype == torch.int32
-        assert (len(pack.cu_seqlens) - 1) % 8 == 0 and pack.cu_seqlens[0] == 0 and pack.cu_seqlens[-1] == size
+        assert (len(pack.cu_seqlens) - 1) % 8 == 0
+        assert pack.cu_seqlens[0] == 0
+        assert pack.cu_seqlens[-1] == size
         longest = max(b - a for a, b in spans + tail)
-        assert longest <= pack.max_seqlen <= size and (pack.max_seqlen % 64 == 0 or pack.max_seqlen == size)
+        assert longest <= pack.max_seqlen <= size
+        assert pack.max_seqlen % 64 == 0 or pack.max_seqlen == size
         for number, (a, b) in enumerate(spans + tail):
             assert (pack.seq_idx[a:b] == number).all()
             assert torch.equal(pack.position_ids[a:b], torch.arange(b - a))
@@ -48,14 +53,17 @@ def test_contract_of_every_pack(mixed_folder, configure, tokenizer):
         assert torch.equal(shifted[shifted != -100], pack.input_ids[1:][shifted != -100])
         assert ((pack.loss_weight > 0) == (pack.labels != -100)).all()
         for a, b in tail:
-            assert (pack.input_ids[a:b] == tokenizer.pad_id).all() and (pack.labels[a:b] == -100).all()
+            assert (pack.input_ids[a:b] == tokenizer.pad_id).all()
+            assert (pack.labels[a:b] == -100).all()
         assert len(tail) == (1 if pack.stats["padding"] else 0)
         assert pack.stats["tokens"] + pack.stats["padding"] == size
         image = pack.input_ids == tokenizer.special("<image>")
         places = (pack.tile_token_start[:, None] + torch.arange(TPT)).flatten()
         assert torch.equal(image.nonzero().flatten(), places.sort().values)
-        assert pack.stats["visual_tokens"] == len(places) and len(pack.tiles) == len(pack.tile_token_start)
-        assert pack.tiles.shape[1:] == (3, 64, 64) and pack.tiles.dtype == torch.uint8
+        assert pack.stats["visual_tokens"] == len(places)
+        assert len(pack.tiles) == len(pack.tile_token_start)
+        assert pack.tiles.shape[1:] == (3, 64, 64)
+        assert pack.tiles.dtype == torch.uint8
         assert len(pack.media_of_tile) == len(pack.is_thumbnail) == len(pack.frame_time) == len(pack.tiles)
 
 
@@ -153,7 +161,8 @@ def test_truncated_image_leaves_only_its_own_pack_shorter(tmp_path, write, confi
         assert (a.digest() == b.digest()) != lost
         assert b.stats["quarantined"] == b.stats.get("quarantined_image", 0) == int(lost)
         if lost:
-            assert b.stats["padding"] > a.stats["padding"] and b.cu_seqlens[-1] == len(b.input_ids)
+            assert b.stats["padding"] > a.stats["padding"]
+            assert b.cu_seqlens[-1] == len(b.input_ids)
 
 
 def bad(key="k"):

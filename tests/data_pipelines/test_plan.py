@@ -62,7 +62,8 @@ def test_every_epoch_holds_every_sample_once():
     lengths = random_lengths(150)
     p = plan([source(lengths=lengths)], window_samples=64)
     seen = Counter(drawn(p, range(75)))  # 75 windows of 64 are 32 epochs of 150
-    assert set(seen.values()) == {32} and len(seen) == 150
+    assert set(seen.values()) == {32}
+    assert len(seen) == 150
 
 
 def test_window_covers_at_most_one_epoch():
@@ -124,9 +125,11 @@ def test_too_long_samples_shrink_or_are_dropped_and_counted():
     p = plan([source(lengths=[50, 150, 150], shrink=shrink)], packing="none")
     window = p.window(0)
     assert sorted((pack[0].row, pack[0].max_tiles, pack[0].length) for pack in window.packs) == [(0, 4, 50), (1, 1, 60)]
-    assert window.dropped == {TOO_LONG: 1} and len(window.fits) == 1
+    assert window.dropped == {TOO_LONG: 1}
+    assert len(window.fits) == 1
     p.pack(3)
-    assert p.dropped == {TOO_LONG: 2} and p.shrunk == 2
+    assert p.dropped == {TOO_LONG: 2}
+    assert p.shrunk == 2
 
 
 def test_bad_blends_are_refused():

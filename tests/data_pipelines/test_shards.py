@@ -29,14 +29,16 @@ def test_reads_back_what_was_written(tmp_path, write, mixed_samples, monkeypatch
     monkeypatch.setattr(Dataset, "_MAX_OPEN_SHARDS", 2)
     folder = write(tmp_path / "d", samples, shard_mib=0.005)
     dataset = pickle.loads(pickle.dumps(Dataset.open(folder, "train")))
-    assert len(list(folder.glob("*.tar"))) > 3 and len(dataset) == 12
+    assert len(list(folder.glob("*.tar"))) > 3
+    assert len(dataset) == 12
     for i in reversed(range(12)):
         stored = dataset.read(i)
         assert (stored.record, stored.media) == samples[i]
         assert dataset.key(i) == samples[i][0]["id"]
     dataset.close()
     info = json.loads((folder / "dataset.json").read_text())["splits"]["train"]
-    assert info["samples"] == 12 and info["total_tokens"] == dataset.lengths.sum()
+    assert info["samples"] == 12
+    assert info["total_tokens"] == dataset.lengths.sum()
 
 
 def test_shards_are_plain_webdataset(mixed_folder, mixed_samples):

@@ -50,7 +50,8 @@ def test_system_block_is_always_there_and_ids_are_the_released_ones(tokenizer):
 def test_labels_are_shifted_inside_the_sample(tokenizer):
     sample = encode_record(talk("q", "one", "q2", "two"), [], tokenizer, tokens_per_tile=TPT)
     ids, labels, turns = sample.input_ids, sample.labels, sample.turns
-    assert labels[-1] == -100 and turns[-1] == -1
+    assert labels[-1] == -100
+    assert turns[-1] == -1
     at = np.flatnonzero(labels != -100)
     np.testing.assert_array_equal(labels[at], ids[at + 1])
     np.testing.assert_array_equal(turns >= 0, labels != -100)

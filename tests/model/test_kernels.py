@@ -84,9 +84,13 @@ def run_scan(inputs, seq_idx, chunk_size, initial_state=None):
 
 def assert_same(outputs, expected, inputs, tolerance):
     """Outputs and the gradients of all inputs under a fixed random direction, norm-wise relative."""
-    directions = [torch.randn(e.shape, dtype=e.dtype, generator=torch.Generator().manual_seed(i)) for i, e in enumerate(expected)]
-    got = torch.autograd.grad([(o * v.to(o.dtype)).sum() for o, v in zip(outputs, directions)], inputs, retain_graph=True)
-    want = torch.autograd.grad([(o * v).sum() for o, v in zip(expected, directions)], inputs)
+    directions = [
+        torch.randn(e.shape, dtype=e.dtype, generator=torch.Generator().manual_seed(i)) for i, e in enumerate(expected)
+    ]
+    got = torch.autograd.grad(
+        [(o * v.to(o.dtype)).sum() for o, v in zip(outputs, directions, strict=True)], inputs, retain_graph=True
+    )
+    want = torch.autograd.grad([(o * v).sum() for o, v in zip(expected, directions, strict=True)], inputs)
     for have, need in zip([*outputs, *got], [*expected, *want], strict=True):
         assert (have - need).norm() <= tolerance * need.norm()
 
@@ -140,7 +144,8 @@ def test_conv_equals_definition(lengths):
     ids = documents(lengths)
     g = torch.Generator().manual_seed(1)
     x, weight, bias = (
-        torch.randn(s, generator=g, dtype=torch.float64, requires_grad=True) for s in ((ids.numel(), 10), (10, 4), (10,))
+        torch.randn(s, generator=g, dtype=torch.float64, requires_grad=True)
+        for s in ((ids.numel(), 10), (10, 4), (10,))
     )
     outputs = [reference.causal_conv(x, weight, bias, ids)]
     assert_same(outputs, [slow_conv(x, weight, bias, ids)], [x, weight, bias], 1e-12)
@@ -155,6 +160,8 @@ def test_conv_that_ignores_boundaries_differs():
 
 def test_gated_norm_equals_definition():
     g = torch.Generator().manual_seed(2)
-    y, gate, weight = (torch.randn(s, generator=g, dtype=torch.float64, requires_grad=True) for s in ((9, 12), (9, 12), (12,)))
+    y, gate, weight = (
+        torch.randn(s, generator=g, dtype=torch.float64, requires_grad=True) for s in ((9, 12), (9, 12), (12,))
+    )
     outputs = [reference.gated_rms_norm(y, gate, weight, group_size=4, eps=1e-5)]
     assert_same(outputs, [slow_norm(y, gate, weight, 4, 1e-5)], [y, gate, weight], 1e-12)

@@ -145,7 +145,9 @@ def test_loss_equals_transformers(layout):
     torch.testing.assert_close(model(ids, pack_of([45]), labels), theirs, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("pattern,position,activation", [("M-M*-M-", "none", "squared_relu"), ("*-*-", "rope", "swiglu")])
+@pytest.mark.parametrize(
+    ("pattern", "position", "activation"), [("M-M*-M-", "none", "squared_relu"), ("*-*-", "rope", "swiglu")]
+)
 def test_packed_equals_alone(layout, pattern, position, activation):
     config = replace(CONFIG, hybrid_pattern=pattern, position=position, activation=activation)
     model = make_model(layout, config)
@@ -172,7 +174,10 @@ def test_samples_do_not_see_each_other(layout):
     samples = [tokens(n, seed=n) for n in LENGTHS]
     before = model(torch.cat(samples), pack_of(LENGTHS)).split(LENGTHS)
     for changed in range(len(samples)):
-        others = [tokens(n, seed=n + 100) if i == changed else s for i, (n, s) in enumerate(zip(LENGTHS, samples, strict=True))]
+        others = [
+            tokens(n, seed=n + 100) if i == changed else s
+            for i, (n, s) in enumerate(zip(LENGTHS, samples, strict=True))
+        ]
         after = model(torch.cat(others), pack_of(LENGTHS)).split(LENGTHS)
         for i, (a, b) in enumerate(zip(before, after, strict=True)):
             assert torch.equal(a, b) == (i != changed)
@@ -191,7 +196,8 @@ def test_loss_at_supervised_positions_only(layout):
     for chunk in (4, 50):
         loss = token_loss(hidden, model.output_layer, labels, chunk=chunk)
         torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
-        assert loss.dtype == torch.float32 and (loss[labels == IGNORE] == 0).all()
+        assert loss.dtype == torch.float32
+        assert (loss[labels == IGNORE] == 0).all()
         grads = torch.autograd.grad(loss.square().sum(), list(model.parameters()), retain_graph=True)
         assert all(relative(g, e) <= 1e-5 for g, e in zip(grads, expected_grads, strict=True))
 

@@ -103,8 +103,11 @@ def test_loss_is_that_of_the_logits(layout):
     batch = batch_of(Sample.random(8, text=(9, 20), tiles=(1,)), seq_length=64)
     batch.pack.labels[12:20] = -100
     batch = PackBatch.from_pack(batch.pack, "cpu")
-    expected = F.cross_entropy(model.logits(batch), batch.labels, ignore_index=-100, reduction="none")
+    logits = model.logits(batch)
+    expected = F.cross_entropy(logits, batch.labels, ignore_index=-100, reduction="none")
     assert relative_difference(model(batch), expected) < 1e-6
+    asked = torch.tensor([40, 3])
+    assert relative_difference(model.logits(batch, asked), logits[asked]) < 1e-6
 
 
 def test_wrong_number_of_image_tokens_names_sample_and_counts(layout):

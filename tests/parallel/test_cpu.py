@@ -26,6 +26,7 @@ from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipeli
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+OPTIMIZER = "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
 SHARD = ("w", (0,), None)
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is replaced when CUDA is there")
@@ -47,10 +48,11 @@ class Toy(nn.Module):
             num_layers=1, hidden_size=4, num_attention_heads=1, gradient_accumulation_fusion=False
         )
         self.weight = nn.Parameter(torch.ones(4))
+        self.bias = nn.Parameter(torch.zeros(4))
         self.model_type = ModelType.encoder_or_decoder
 
     def forward(self, x):
-        return (x * self.weight).sum()
+        return (x * self.weight + self.bias).sum()
 
     def set_input_tensor(self, tensor):
         pass
@@ -67,9 +69,7 @@ def wrap(layout):
 
 def make_optimizer(layout, model):
     options = OptimizerConfig(optimizer="adam", lr=0.1, use_distributed_optimizer=True, clip_grad=1.0)
-    return get_megatron_optimizer(
-        options, [model], use_gloo_process_groups=False, pg_collection=layout.language_groups
-    )
+    return get_megatron_optimizer(options, [model], use_gloo_process_groups=False, pg_collection=layout.language_groups)
 
 
 def reduce_gradients(layout):
@@ -112,6 +112,25 @@ def save_checkpoint(layout, folder):
     dist_checkpointing.save({"model": Toy().sharded_state_dict()}, str(folder))
 
 
+def load_optimizer_state(layout):
+    """What loading a checkpoint does for every parameter, after the step count."""
+    model = wrap(layout)
+    optimizer = make_optimizer(layout, model).chained_optimizers[0]
+    optimizer.state_dict()
+    with torch.no_grad():
+        states = {key: torch.ones(4) for key in ("param", "exp_avg", "exp_avg_sq")}
+        optimizer._set_main_param_and_optimizer_states(model.module.weight, states)
+
+
+def steps_are_separate(layout):
+    """After a load, every parameter counts its own steps."""
+    optimizer = make_optimizer(layout, wrap(layout)).chained_optimizers[0]
+    optimizer.load_state_dict(optimizer.state_dict())
+    steps = [state["step"] for state in optimizer.optimizer.state.values()]
+    assert len(steps) > 1
+    assert len({id(step) for step in steps}) == len(steps)
+
+
 def send_shard(layout):
     """A rank's side of a parallel load: it read a shard that another rank needs too."""
     shard = ShardedTensor.from_rank_offsets("w", torch.ones(2))
@@ -139,6 +158,9 @@ CASES = {
     "megatron.core.optimizer.clip_grads.torch": lambda layout: get_grad_norm_fp32([torch.ones(3)]),
     "megatron.core.pipeline_parallel.schedules.torch": run_schedule,
     "megatron.core.utils.torch": lambda layout: get_grad_norm_fp32([torch.ones(3)]),
+    f"{OPTIMIZER}.state_dict": lambda layout: make_optimizer(layout, wrap(layout)).state_dict(),
+    f"{OPTIMIZER}.load_state_dict": steps_are_separate,
+    f"{OPTIMIZER}._set_main_param_and_optimizer_states": load_optimizer_state,
     "torch.Tensor.cuda": send_shard,
     "megatron.core.dist_checkpointing.exchange_utils.torch": lambda layout: receive_shard(torch.ones(2)),
     "megatron.core.dist_checkpointing.mapping.ShardedTensor.init_data": lambda layout: receive_shard(None),
@@ -160,7 +182,7 @@ def test_every_replacement_has_a_case():
 def test_needed(name, layout):
     random_state = torch.get_rng_state()
     CASES[name](layout)
-    with cpu.restored(name), pytest.raises((AssertionError, RuntimeError, TypeError, ValueError)):
+    with cpu.restored(name), pytest.raises((AssertionError, RuntimeError, TypeError, KeyError)):
         CASES[name](layout)
     tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
     torch.set_rng_state(random_state)

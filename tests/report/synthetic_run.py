@@ -179,13 +179,19 @@ def write_run(root: Path) -> Path:
     write_json(
         run / "hf" / "verification.json",
         {
+            "ok": False,
             "command": "nemovl convert verify runs/demo/hf",
-            "date": "2026-11-22T10:00:00+00:00",
+            "date": "2026-11-22",
             "versions": {"transformers": "5.23.0", "torch": "2.11.0"},
+            "parameters": 1234567,
             "checks": [
-                {"name": "language", "max_difference": 3.1e-6, "passed": True},
-                {"name": "tower", "max_difference": 1.2e-6, "passed": True},
-                {"name": "text + two tiles", "max_difference": 2.4e-5, "passed": False},
+                {"name": "inventory", "ok": True, "detail": {"number format": "float32"}},
+                {"name": "files", "ok": True, "detail": {}},
+                {
+                    "name": "logits",
+                    "ok": False,
+                    "detail": {"largest difference": {"text": 3.1e-6, "text + two tiles": 2.4e-5}},
+                },
             ],
         },
     )

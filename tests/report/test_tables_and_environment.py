@@ -23,6 +23,14 @@ def test_formats() -> None:
     assert len(clip("word " * 1000, 280)) <= 280
 
 
+def test_short_names_only_where_they_differ(finished_run: Path, tmp_path: Path) -> None:
+    assert [stage.short for stage in read_run(finished_run).stages] == [f"stage{i}" for i in range(5)]
+    for name in ("sft_a", "sft_b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").touch()
+    assert [stage.short for stage in read_run(tmp_path).stages] == ["sft_a", "sft_b"]
+
+
 def test_summaries(finished_run: Path) -> None:
     run = read_run(finished_run)
     summaries = [summarise_stage(stage) for stage in run.stages]

@@ -1,9 +1,14 @@
-"""Mamba-2's kernels on whatever device the tensors are: mamba-ssm and causal-conv1d on CUDA, `reference` elsewhere.
+"""Mamba-2's kernels on whatever device the tensors are.
+
+mamba-ssm and causal-conv1d on CUDA where both are installed, `reference` elsewhere.
 
 Both understand `seq_idx`, apply the gate before the norm, add the epsilon they are given and never clamp dt.
 
 Shape legend: S tokens in a pack, D channels of the convolution, W taps, G groups, H heads, P head width, N state width.
 """
+
+import functools
+import importlib.util
 
 import torch
 from torch import Tensor
@@ -13,7 +18,7 @@ from nemovl_train.model.kernels import reference
 
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor) -> Tensor:
     """Depthwise causal convolution and SiLU, reset at document boundaries; see `reference.causal_conv`."""
-    if not x.is_cuda:
+    if not _has_kernels(x):
         return reference.causal_conv(x, weight, bias, seq_idx)
     from causal_conv1d import causal_conv1d_fn
 
@@ -36,7 +41,7 @@ def chunk_scan(
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Selective scan, its state reset at document boundaries; see `reference.chunk_scan`."""
-    if not x.is_cuda:
+    if not _has_kernels(x):
         return reference.chunk_scan(
             x, dt, a, b, c, d=d, dt_bias=dt_bias, seq_idx=seq_idx, chunk_size=chunk_size, initial_state=initial_state
         )
@@ -59,7 +64,7 @@ def chunk_scan(
 
 def gated_rms_norm(y: Tensor, gate: Tensor, weight: Tensor, *, group_size: int, eps: float) -> Tensor:
     """RMSNorm by groups of y * silu(gate); see `reference.gated_rms_norm`."""
-    if not y.is_cuda:
+    if not _has_kernels(y):
         return reference.gated_rms_norm(y, gate, weight, group_size=group_size, eps=eps)
     from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
 
@@ -103,7 +108,7 @@ def mamba_inner(
         [S, H * P], dtype of `projected`.
     """
     a = -torch.exp(a_log.float())
-    if projected.is_cuda:
+    if _has_kernels(projected):
         from mamba_ssm.ops.triton.ssd_combined import mamba_split_conv1d_scan_combined
 
         out = mamba_split_conv1d_scan_combined(
@@ -140,6 +145,15 @@ def mamba_inner(
         chunk_size=chunk_size,
     )
     return gated_rms_norm(y.flatten(1), gate, norm_weight, group_size=inner // num_groups, eps=eps)
+
+
+def _has_kernels(tensor: Tensor) -> bool:
+    return tensor.is_cuda and _installed()
+
+
+@functools.cache
+def _installed() -> bool:
+    return all(importlib.util.find_spec(package) is not None for package in ("mamba_ssm", "causal_conv1d"))
 
 
 def _kernel_ids(seq_idx: Tensor) -> Tensor:

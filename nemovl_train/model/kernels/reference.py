@@ -1,8 +1,8 @@
 """Mamba-2's three kernels in plain PyTorch: differentiable, any device, state reset at every document boundary.
 
-The scan is the chunked "state space duality" form (Mamba-2, arXiv 2405.21060, section 6): attention-like products inside
-chunks, a short recurrence over chunk states between them. Arithmetic is float32 (float64 for float64 input) whatever
-the storage type, as in the CUDA kernels.
+The scan is the chunked "state space duality" form (Mamba-2, arXiv 2405.21060, section 6): attention-like products
+inside chunks, a short recurrence over chunk states between them. Arithmetic is float32 (float64 for float64 input)
+whatever the storage type, as in the CUDA kernels.
 
 Shape legend: S tokens in a pack, C chunks, Q tokens of a chunk, D channels, W taps, G groups, R heads of a group,
 P head width, N state width.
@@ -45,7 +45,7 @@ class _DepthwiseConv(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, weight, seq_idx = ctx.saved_tensors
         taps = weight.t().flip(0).contiguous()
         grad_x = grad * taps[0]
@@ -76,7 +76,9 @@ def chunk_scan(
     chunk_size: int,
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Mamba-2's selective scan: h_t = exp(dt_t a) h_(t-1) + dt_t b_t x_t, y_t = c_t h_t + d x_t, dt = softplus(dt + bias).
+    """Mamba-2's selective scan.
+
+    h_t = exp(dt_t a) h_(t-1) + dt_t b_t x_t, y_t = c_t h_t + d x_t, with dt_t = softplus(dt_t + dt_bias).
 
     Args:
         x: [S, G * R, P].
@@ -136,7 +138,7 @@ class _InsideChunks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, total: Tensor, b: Tensor, c: Tensor, hidden: Tensor) -> Tensor:
-        """inputs [C, G, R, Q, P], total [C, G, R, Q], b and c [C, G, Q, N], hidden [C, Q, Q] -> [C, G, R, Q, P]."""
+        """Takes inputs [C,G,R,Q,P], total [C,G,R,Q], b and c [C,G,Q,N], hidden [C,Q,Q]; gives [C,G,R,Q,P]."""
         # Hidden pairs leave before exp: towards a later token the decay is positive and overflows.
         decay = (total.unsqueeze(-1) - total.unsqueeze(-2)).masked_fill_(hidden[:, None, None], -torch.inf)
         decay.exp_()
@@ -145,7 +147,7 @@ class _InsideChunks(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs, decay, b, c, y = ctx.saved_tensors
         grad_inputs = (_scores(b, c) * decay).transpose(-1, -2) @ grad
         grad_total = (grad * y).sum(-1) - (grad_inputs * inputs).sum(-1)
@@ -159,7 +161,7 @@ def _scores(b: Tensor, c: Tensor) -> Tensor:
 
 
 def _chunk_states(inputs: Tensor, total: Tensor, b: Tensor, ids: Tensor, entering: Tensor) -> tuple[Tensor, Tensor]:
-    """What each chunk adds to the state [C, G, N, R, P], and the share of the state before it that is left [C, G, 1, R, 1]."""
+    """What each chunk adds to the state [C, G, N, R, P], and what is left of the state before it [C, G, 1, R, 1]."""
     chunks, groups, size, heads, width = inputs.shape
     end = total[..., -1:]
     last = ids[:, -1]
@@ -194,7 +196,7 @@ class _ChunkRecurrence(torch.autograd.Function):
         return states[:-1], states[-1].clone()
 
     @staticmethod
-    def backward(ctx: Any, grad_before: Tensor, grad_last: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_before: Tensor, grad_last: Tensor) -> tuple[Tensor, ...]:
         before, decay = ctx.saved_tensors
         grad_added = torch.empty_like(grad_before)
         carried = grad_last

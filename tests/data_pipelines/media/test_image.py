@@ -33,7 +33,8 @@ def test_tiles_are_cut_row_by_row_with_the_thumbnail_last():
         for column in range(3):
             pixels[row * 64 : row * 64 + 64, column * 64 : column * 64 + 64] = 40 * (row * 3 + column)
     tiles = image_tiles(pixels, MediaLayout("image", (3, 2), True), 64)
-    assert tiles.shape == (7, 3, 64, 64) and tiles.dtype == torch.uint8
+    assert tiles.shape == (7, 3, 64, 64)
+    assert tiles.dtype == torch.uint8
     for number in range(6):
         assert (tiles[number] == 40 * number).all()
     assert torch.equal(tiles[6], resize(pixels, 64, 64))
@@ -78,7 +79,8 @@ def test_transparency_lies_on_white():
 def test_cmyk_and_grey():
     cmyk = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
     red = decode_image(encoded(cmyk, "JPEG"))[4, 4].tolist()
-    assert red[0] > 200 and max(red[1:]) < 60
+    assert red[0] > 200
+    assert max(red[1:]) < 60
     assert decode_image(encoded(Image.new("L", (8, 8), 77), "JPEG")).shape == (8, 8, 3)
 
 
