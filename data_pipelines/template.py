@@ -5,12 +5,21 @@ processor), as rendered by vLLM's `nano_nemotron_vl` processor:
 
     <s><SPECIAL_10>System\n{system}\n<SPECIAL_11>User\n{content}\n<SPECIAL_11>Assistant\n{answer}\n<SPECIAL_12>\n
 
-* The system block is always there. Reasoning is off unless `/think` appears in a system or user text; the last of
-  `/think` and `/no_think` wins, and both are removed from the text (`</think>` is kept).
+* The system block is always there. Reasoning is off unless `/think` appears in a system or user text before the answer;
+  the last of `/think` and `/no_think` wins, and both are removed from the text (`</think>` is kept).
 * With reasoning off an answer without a trace of its own starts with a literal `<think></think>`; it is encoded apart
   from the answer, because that is where a generation prompt ends.
 * The loss covers what follows `<SPECIAL_11>Assistant\n`, through `<SPECIAL_12>` and its newline. Labels are shifted
   inside the sample: the last token predicts nothing.
+
+**Several turns.** Earlier answers are written as the last one is, with the switches read up to each: `<think></think>`
+in front, or their own trace, or nothing where reasoning was on and the text holds no trace. So the prompt of a turn is
+a prefix of the prompt of the next, in training (where each turn of one sequence is both a target and history) and when
+served (where the earlier tokens, `<think></think>` included, are what the model saw and wrote, and their cached states
+can be used again). The released folder's own template leaves `<think></think>` out of earlier turns; NVIDIA-NeMo/RL
+patches it back into the sibling Nemotron Nano v2 (`_patch_nemotron_nano_v2_chat_template`) for this very prefix
+property. The chat template that we export renders as this module does. Where a tokenizer's folder brings a template of
+its own, an export keeps that one, and it alone decides what history looks like when served.
 
 **Tags and words.** `<image>` and `<video>` in a user text may stand for media or be words. One rule, per message and
 kind, with n attached media and k tags in its text items:
@@ -42,6 +51,8 @@ from data_pipelines.tokenizer import BOS, IMAGE, IMAGE_END, IMAGE_START, ROLE, S
 
 TEMPLATES = ("nano_v2_vl",)
 NO_TURN = -1
+TRACE_START, NO_TRACE = "<think>\n", "<think></think>"
+"""How a prompt ends where reasoning is on, and where it is off."""
 _SWITCH = re.compile(r"/think|/no_think")
 _END_THINK = "</think>"
 
@@ -140,8 +151,8 @@ def encode_prompt(
 ) -> EncodedSample:
     r"""Render a record up to where the model answers: its last answer, if it has one, is left out.
 
-    The ids are a prefix of what training saw: they end with `<think></think>`, or with `<think>\n` when reasoning is
-    on. Nothing is supervised.
+    The ids are a prefix of what training saw, earlier turns included: they end with `<think></think>`, or with
+    `<think>\n` when reasoning is on. Nothing is supervised.
 
     Raises:
         DataError: As `encode_record`.
@@ -155,7 +166,7 @@ def encode_prompt(
     writer.special(ROLE)
     writer.text("Assistant\n")
     writer.flush()
-    writer.text("<think>\n" if reasoning_on(messages) else "<think></think>")
+    writer.text(TRACE_START if reasoning_on(messages) else NO_TRACE)
     writer.flush()
     size = len(writer.ids)
     return EncodedSample(
@@ -169,13 +180,18 @@ def encode_prompt(
 
 def reasoning_on(messages: Sequence[Mapping[str, Any]]) -> bool:
     """Whether the last reasoning switch in the system and user texts is `/think`."""
-    switches = [
-        switch
-        for message in messages
-        if message["role"] != "assistant"
-        for switch in _SWITCH.findall(_message_text(message).replace(_END_THINK, ""))
-    ]
-    return bool(switches) and switches[-1] == "/think"
+    state = False
+    for message in messages:
+        state = _reasoning_after(message, state)
+    return state
+
+
+def _reasoning_after(message: Mapping[str, Any], before: bool) -> bool:
+    """State of the switch behind a message; assistants do not switch."""
+    if message["role"] == "assistant":
+        return before
+    switches = _SWITCH.findall(_message_text(message).replace(_END_THINK, ""))
+    return switches[-1] == "/think" if switches else before
 
 
 def frame_label(number: int, seconds: float) -> str:
@@ -196,13 +212,14 @@ def _label_length(tokenizer: TextTokenizer, label: str) -> int:
 
 def _write_messages(writer: _Writer, record: Mapping[str, Any], layouts: Sequence[MediaLayout]) -> None:
     messages = record["messages"]
-    reasoning = reasoning_on(messages)
     system = messages[0] if messages[0]["role"] == "system" else {"content": ""}
     writer.special(BOS)
     writer.special(SYSTEM)
     writer.text(f"System\n{_without_switches(_message_text(system))}\n")
     media = turn = 0
+    reasoning = False
     for number, message in enumerate(messages):
+        reasoning = _reasoning_after(message, reasoning)
         if message["role"] == "user":
             where = f"record {record['id']!r}, message {number}"
             media += _write_user(writer, message, layouts[media:], media, where)
@@ -218,11 +235,11 @@ def _write_answer(writer: _Writer, answer: str, turn: int, *, reasoning: bool) -
     writer.text("Assistant\n")
     writer.flush()
     writer.turn = turn
-    if answer.startswith("<think>\n"):
-        start, answer = "<think>\n", answer.removeprefix("<think>\n")
+    if answer.startswith(TRACE_START):
+        start, answer = TRACE_START, answer.removeprefix(TRACE_START)
     else:
         has_trace = answer.startswith("<think>") or _END_THINK in answer
-        start = "" if reasoning or has_trace else "<think></think>"
+        start = "" if reasoning or has_trace else NO_TRACE
     # Cut where a generation prompt ends: at inference no merge can cross that point either.
     writer.text(start)
     writer.flush()

@@ -11,7 +11,8 @@ from data_pipelines.exceptions import DataError
 
 UNK, BOS, SYSTEM, ROLE, TURN_END = "<unk>", "<s>", "<SPECIAL_10>", "<SPECIAL_11>", "<SPECIAL_12>"
 IMAGE, IMAGE_START, IMAGE_END = "<image>", "<img>", "</img>"
-_NAMED = (UNK, BOS, SYSTEM, ROLE, TURN_END, IMAGE, IMAGE_START, IMAGE_END)
+_TEXT_TOKENS = (UNK, BOS, SYSTEM, ROLE, TURN_END)
+_MEDIA_TOKENS = (IMAGE, IMAGE_START, IMAGE_END)
 
 
 class TextTokenizer:
@@ -23,8 +24,12 @@ class TextTokenizer:
             token must stay in the loss.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, *, media: bool = True) -> None:
         """Load `folder/tokenizer.json`.
+
+        Args:
+            folder: Folder of the tokenizer.
+            media: Whether images and videos will be rendered; a text-only model's tokenizer has no tags for them.
 
         Raises:
             DataError: When it is missing, cannot be parsed, or lacks a special token that the template needs.
@@ -40,7 +45,8 @@ class TextTokenizer:
             ) from error
         except Exception as error:  # the Rust parser raises plain Exception
             raise DataError(f"{self.path} is not a tokenizer.json: {error}") from error
-        found = {name: self._full.token_to_id(name) for name in _NAMED}
+        named = _TEXT_TOKENS + (_MEDIA_TOKENS if media else ())
+        found = {name: self._full.token_to_id(name) for name in named}
         missing = [name for name, token in found.items() if token is None]
         if missing:
             raise DataError(f"{self.path} lacks the special tokens {', '.join(missing)}, which the template inserts")

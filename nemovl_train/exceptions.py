@@ -1,4 +1,4 @@
-"""The errors a user of the training side can act on, all under `UserError`; the command line turns them into exit codes."""
+"""The errors a user of the training side can act on, all under `UserError`; each becomes an exit code."""
 
 from collections.abc import Sequence
 
@@ -16,8 +16,13 @@ class ConfigError(UserError):
 
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = list(problems)
-        head = "the configuration has 1 problem" if len(self.problems) == 1 else f"the configuration has {len(self.problems)} problems"
+        count = len(self.problems)
+        head = f"the configuration has {count} problem{'s' * (count != 1)}"
         super().__init__("\n".join([f"{head}:", *(f"  - {p}" for p in self.problems)]))
+
+    def __reduce__(self) -> tuple[type["ConfigError"], tuple[list[str]]]:
+        """Survive the way to another process: by default the finished text would be taken for the problems."""
+        return type(self), (self.problems,)
 
 
 class LayoutError(UserError):

@@ -2,11 +2,13 @@
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from nemovl_train.config.app import USAGE, run_app
 from nemovl_train.config.schema import RunConfig, ScheduleConfig
 from nemovl_train.console import setup_logging
 from nemovl_train.exit_codes import guarded
+from nemovl_train.report.environment import record_environment
 
 
 def train(argv: Sequence[str]) -> int:
@@ -30,6 +32,7 @@ def _train_one(config: RunConfig | ScheduleConfig) -> int:
     # Only here, behind every config error: torch and megatron-core take seconds to import.
     from nemovl_train.training import trainer
 
+    record_environment(Path(config.run.root) / config.run.name)
     return trainer.run(config)
 
 

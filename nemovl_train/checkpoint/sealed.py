@@ -12,30 +12,39 @@ previous checkpoint, or the new one, but never half of one.
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
 import logging
 import os
+import queue
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
+from nemovl_train.checkpoint.files import explain_disk_errors, files_below, fsync, no_space, sha256
 from nemovl_train.exceptions import CheckpointError
 from nemovl_train.parallel import cpu
+from nemovl_train.parallel.agree import on_first_rank
 
 cpu.install_if_no_cuda()
 
 from megatron.core import dist_checkpointing  # noqa: E402
+from megatron.core.dist_checkpointing.core import CheckpointingException  # noqa: E402
+from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
 
 log = logging.getLogger(__name__)
 
+# A save is synchronous here: its writers are threads of this process. For their results megatron-core would start a
+# manager process, which imports everything again and outlives a run that was killed.
+filesystem_async._results_queue = queue.Queue()
+
 FORMAT_VERSION = 1
-_HASH_BLOCK = 1 << 22
+_WORK, _TRASH = ".writing_", ".discarded_"
+_PROBE_BYTES = 1 << 20
 
 
 class ShardedModel(Protocol):
@@ -90,15 +99,21 @@ def save(
     Raises:
         CheckpointError: The disk is full or the folder cannot be written; the previous checkpoint is untouched.
     """
-    final, work = step_folder(root, step), root / f".writing_step_{step:08d}"
+    final = step_folder(root, step)
+    work = root / f"{_WORK}{final.name}"
     sharded = {"model": model.sharded_state_dict(metadata=metadata)}
     if optimizer is not None:
         sharded["optimizer"] = optimizer.sharded_state_dict(sharded["model"])
-    _on_rank_zero(lambda: _prepare(work), work)
-    with _explain_disk_errors(work):
-        dist_checkpointing.save(sharded, str(work / "sharded"))
-    dist.barrier()
-    _on_rank_zero(lambda: _seal(work, final, state, {"run_id": run_id, "step": step}), work)
+    try:
+        on_first_rank(lambda: _prepare(work))
+        # Every rank comes out of this with the same outcome: the writers' results are shared, a barrier ends it.
+        with _explain_writer_errors(work):
+            dist_checkpointing.save(sharded, str(work / "sharded"))
+        on_first_rank(lambda: _seal(work, final, state, {"run_id": run_id, "step": step}))
+    except CheckpointError:
+        if dist.get_rank() == 0:
+            shutil.rmtree(work, ignore_errors=True)  # on a full disk others need the space that half of it takes
+        raise
     return final
 
 
@@ -119,12 +134,18 @@ def load(
 
     Returns:
         Contents of `state.json`.
+
+    Raises:
+        CheckpointError: The seal is broken, or the tensors are not those of this model.
     """
-    verify(folder)
+    on_first_rank(lambda: verify(folder))
     sharded = {"model": model.sharded_state_dict(metadata=metadata)}
     if optimizer is not None:
         sharded["optimizer"] = optimizer.sharded_state_dict(sharded["model"], is_loading=True)
-    loaded = dist_checkpointing.load(sharded, str(folder / "sharded"))
+    try:
+        loaded = dist_checkpointing.load(sharded, str(folder / "sharded"))
+    except CheckpointingException as error:
+        raise CheckpointError(f"{folder} does not fit this model: {error}") from error
     model.load_state_dict(loaded["model"], strict=True)
     if optimizer is not None:
         optimizer.load_state_dict(loaded["optimizer"])
@@ -143,19 +164,26 @@ def verify(folder: Path) -> dict[str, Any]:
     marker, manifest = folder / "COMPLETE", folder / "integrity.json"
     if not marker.is_file() or not manifest.is_file():
         raise CheckpointError(f"{folder}: not a complete checkpoint ({marker.name} or {manifest.name} is missing)")
-    if marker.read_text().strip() != _sha256(manifest):
-        raise CheckpointError(f"{manifest}: does not match its seal")
-    integrity = json.loads(manifest.read_text())
+    try:
+        return _verify_sealed(folder, marker, manifest)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or folder}: cannot be read ({error.strerror})") from error
+
+
+def _verify_sealed(folder: Path, marker: Path, manifest: Path) -> dict[str, Any]:
+    if marker.read_bytes().strip() != sha256(manifest).encode():
+        raise CheckpointError(f"{manifest}: does not match its seal in {marker.name}")
+    integrity = json.loads(manifest.read_text(encoding="utf-8"))
     if integrity.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
             f"{manifest}: checkpoint format {integrity.get('format_version')}, this version reads {FORMAT_VERSION}"
         )
-    found = {str(path.relative_to(folder)) for path in _files(folder)} - {marker.name, manifest.name}
+    found = {str(path.relative_to(folder)) for path in files_below(folder)} - {marker.name, manifest.name}
     if found != set(integrity["files"]):
         raise CheckpointError(f"{folder}: missing or foreign files {sorted(found ^ set(integrity['files']))}")
     for name, entry in integrity["files"].items():
         path = folder / name
-        if path.stat().st_size != entry["bytes"] or _sha256(path) != entry["sha256"]:
+        if path.stat().st_size != entry["bytes"] or sha256(path) != entry["sha256"]:
             raise CheckpointError(f"{path}: content changed since it was saved (SHA-256 differs)")
     return integrity
 
@@ -187,106 +215,83 @@ def latest(root: Path, *, run_id: str | None = None) -> Path | None:
     return None
 
 
-def retain(root: Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` checkpoints, on rank 0. The newest is verified before anything goes."""
-    if dist.get_rank() == 0:
-        folders = published(root)
-        if len(folders) > keep_last:
-            verify(folders[-1])
-            for folder in folders[:-keep_last]:
-                _discard(folder)
-    dist.barrier()
+def retain(newest: Path, keep_last: int) -> None:
+    """Delete all but `keep_last` checkpoints, counted from one that was just published. Collective.
+
+    Args:
+        newest: The checkpoint that was just published; it is verified before anything goes. Later ones are what a
+            restart rejected: they neither count nor go, and are replaced when the run reaches their step.
+        keep_last: How many stay.
+    """
+    on_first_rank(lambda: _retain(newest, keep_last))
+
+
+def _retain(newest: Path, keep_last: int) -> None:
+    folders = [folder for folder in published(newest.parent) if folder.name <= newest.name]
+    if len(folders) > keep_last:
+        verify(newest)
+        for folder in folders[:-keep_last]:
+            _discard(folder)
+
+
+def clean(root: Path) -> None:
+    """Remove what saves and deletions left behind that were cut off. For the process that owns the stage."""
+    for leftover in (*root.glob(f"{_WORK}*"), *root.glob(f"{_TRASH}*")):
+        log.info("removing %s, which an interrupted run left behind", leftover)
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _prepare(work: Path) -> None:
-    if work.exists():
-        shutil.rmtree(work)
-    (work / "sharded").mkdir(parents=True)
+    with explain_disk_errors(work.parent):
+        if work.exists():
+            shutil.rmtree(work)
+        (work / "sharded").mkdir(parents=True)
 
 
 def _seal(work: Path, final: Path, state: dict[str, Any], identity: dict[str, Any]) -> None:
-    _write(work / "state.json", json.dumps(state, indent=1, sort_keys=True))
-    files = {
-        str(path.relative_to(work)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in _files(work)
-    }
-    for path in _files(work):
-        _fsync(path)
-    manifest = work / "integrity.json"
-    _write(manifest, json.dumps({"format_version": FORMAT_VERSION, **identity, "files": files}, indent=1))
-    _write(work / "COMPLETE", _sha256(manifest) + "\n")
-    for folder in (work / "sharded", work):
-        _fsync(folder)
-    if final.exists():
-        # Only a checkpoint that failed verification is written again: the run restarted from an older one.
-        _discard(final)
-    os.rename(work, final)
-    _fsync(final.parent)
+    with explain_disk_errors(work.parent):
+        _write(work / "state.json", json.dumps(state, indent=1, sort_keys=True))
+        paths = files_below(work)
+        for path in paths:
+            fsync(path)
+        files = {str(p.relative_to(work)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in paths}
+        manifest = work / "integrity.json"
+        _write(manifest, json.dumps({"format_version": FORMAT_VERSION, **identity, "files": files}, indent=1))
+        _write(work / "COMPLETE", sha256(manifest) + "\n")
+        for folder in (work / "sharded", work):
+            fsync(folder)
+        if final.exists():
+            # Only a checkpoint that failed verification is written again: the run restarted from an older one.
+            _discard(final)
+        os.rename(work, final)
+        fsync(final.parent)
 
 
 def _discard(folder: Path) -> None:
     """Remove a folder so that a death halfway never leaves something that looks published."""
-    trash = folder.with_name(f".discarded_{folder.name}")
+    trash = folder.with_name(f"{_TRASH}{folder.name}")
     shutil.rmtree(trash, ignore_errors=True)
     os.rename(folder, trash)
     shutil.rmtree(trash, ignore_errors=True)
 
 
-def _on_rank_zero(action: Callable[[], None], where: Path) -> None:
-    """Run file work on one rank and let every rank share its outcome, so that none waits for a dead one."""
-    problem: list[str | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            with _explain_disk_errors(where):
-                action()
-        except CheckpointError as error:
-            problem[0] = str(error)
-    dist.broadcast_object_list(problem, src=0)
-    if problem[0] is not None:
-        raise CheckpointError(problem[0])
-
-
 @contextmanager
-def _explain_disk_errors(where: Path) -> Iterator[None]:
+def _explain_writer_errors(work: Path) -> Iterator[None]:
+    """Say why megatron-core's writers failed. They lose the system's error on the way, so a probe asks again."""
     try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(_existing(where)).free
-            raise CheckpointError(
-                f"no space left for a checkpoint in {where.parent} ({free / 2**30:.2f} GiB free): earlier checkpoints "
-                "are intact; free space and run the same command again"
-            ) from error
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-            raise CheckpointError(f"{where.parent} is not writable ({error.strerror}): choose another run.root") from error
-        raise
-
-
-def _existing(path: Path) -> Path:
-    while not path.exists():
-        path = path.parent
-    return path
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_HASH_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+        with explain_disk_errors(work.parent):
+            yield
+    except CheckpointException as error:
+        try:
+            (work / "probe").write_bytes(bytes(_PROBE_BYTES))
+        except OSError as refused:
+            raise CheckpointError(f"{no_space(work.parent)} ({refused.strerror})") from error
+        raise CheckpointError(
+            f"the checkpoint {work} could not be written, though the disk takes files: earlier checkpoints are intact; "
+            f"the writer said: {str(error).strip().splitlines()[-1]}"
+        ) from error
 
 
 def _write(path: Path, text: str) -> None:
-    path.write_text(text)
-    _fsync(path)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    path.write_text(text, encoding="utf-8")
+    fsync(path)

@@ -159,7 +159,8 @@ class OptimConfig:
         lr: Peak learning rate.
         min_lr: Learning rate at the end of the cosine.
         warmup_fraction: Share of the run's steps that warm up linearly.
-        weight_decay: Decoupled decay of matrices; vectors (norms, biases, A_log, D, dt_bias) have none.
+        weight_decay: Decoupled decay. Parameters with one dimension (norms, biases, A_log, D, dt_bias) have none; all
+            others do, convolution kernels, position embeddings and class tokens among them (megatron-core's rule).
         clip_grad: Largest global gradient norm.
         loss_divisor: `global` divides by the step's weight sum; `pack` gives every pack with supervision equal weight.
         distributed: Shard optimizer state over data parallel ranks (megatron-core's distributed optimizer).

@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data_pipelines.config import DataConfig
 from nemovl_train.checkpoint import sealed
 from nemovl_train.config.build import build
 from nemovl_train.config.dump import load_yaml
 from nemovl_train.config.schema import ModelConfig, ParallelConfig, RunConfig
-from nemovl_train.convert.hf_config import CHAT_TEMPLATE, TOKENIZER_FILES
+from nemovl_train.convert.hf_config import CHAT_TEMPLATE, PREPROCESSOR, TOKENIZER_FILES, read_media_budget
 from nemovl_train.convert.hf_export import export_canonical
 from nemovl_train.convert.hf_import import HFFolder
+from nemovl_train.convert.hf_layout import MediaBudget
 from nemovl_train.convert.mapping import dtype_name, report
 from nemovl_train.convert.names import kind_of
 from nemovl_train.exceptions import ConversionError
@@ -60,11 +62,13 @@ def import_checkpoint(hf_dir: Path, out: Path) -> Path:
     """
     folder = HFFolder(hf_dir)
     constants = {n: [dtype_name(t.dtype), list(t.shape), t.flatten().tolist()] for n, t in folder.constants().items()}
-    origin = {
+    origin: dict[str, Any] = {
         "source": hf_dir.resolve().name,
         "state_dtype": dtype_name(folder.state_dtype),
         "constants": constants,
     }
+    if (hf_dir / PREPROCESSOR).is_file():
+        origin["media"] = asdict(read_media_budget(hf_dir))
     path = save_as_checkpoint(folder.config, folder.tensors(), out, dtype=folder.dtype, origin=origin)
     for name in (*TOKENIZER_FILES, CHAT_TEMPLATE.name):
         if (hf_dir / name).is_file():
@@ -211,7 +215,16 @@ def describe_checkpoint(folder: Path) -> CheckpointInfo:
         dtype=DTYPES[run.precision.params],
         facts=facts,
         tokenizer=Path(run.data.tokenizer) if run.data.tokenizer else None,
-        export={"max_num_tiles": run.data.max_tiles, "use_thumbnail": run.data.use_thumbnail},
+        export={"media": _media_budget(run.data)},
+    )
+
+
+def _media_budget(data: DataConfig) -> MediaBudget:
+    return MediaBudget(
+        max_num_tiles=data.max_tiles,
+        use_thumbnail=data.use_thumbnail,
+        video_fps=data.video_fps,
+        video_max_frames=data.max_frames,
     )
 
 
@@ -227,6 +240,8 @@ def _imported(state: Mapping[str, Any], home: Path) -> CheckpointInfo:
         }
     if "state_dtype" in state:
         export["state_dtype"] = getattr(torch, state["state_dtype"])
+    if "media" in state:
+        export["media"] = MediaBudget(**state["media"])
     return CheckpointInfo(
         config=config,
         dtype=getattr(torch, state["dtype"]),

@@ -8,6 +8,7 @@ import json
 import math
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from nemovl_train.exceptions import ConversionError
 
 CHAT_TEMPLATE = Path(__file__).parent / "chat_template.jinja"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+PREPROCESSOR = "preprocessor_config.json"
 OMNI_FOLDER = "transformers_omni"
 PATTERN = {"linear_attention": "M", "mamba": "M", "mlp": "-", "full_attention": "*", "attention": "*"}
 # Settings of `nemotron_h` that our language model has fixed: field -> the only value it can express.
@@ -239,6 +241,27 @@ def _statistics(
     return out[0], out[1]
 
 
+def read_media_budget(hf_dir: Path) -> hf_layout.MediaBudget:
+    """How the folder's preprocessor makes tiles; what its config leaves out takes the released model's values.
+
+    Raises:
+        ConversionError: There is no preprocessor config, or a value that means nothing.
+    """
+    path = hf_dir / PREPROCESSOR
+    document = read_json(path)
+    budget = hf_layout.RELEASED_MEDIA
+    found = {name: document[name] for name in vars(budget) if document.get(name) is not None}
+    problems = [f"{k} is {v!r}" for k, v in found.items() if not _is_like(v, getattr(budget, k))]
+    report(problems, f"{path} does not say how images and videos become tiles")
+    return replace(budget, **found)
+
+
+def _is_like(value: Any, default: float | bool) -> bool:
+    if isinstance(default, bool) or isinstance(value, bool):
+        return type(value) is type(default)
+    return isinstance(value, int | float if isinstance(default, float) else int) and value > 0
+
+
 def write_config(
     config: ModelConfig,
     out_dir: Path,
@@ -246,8 +269,7 @@ def write_config(
     kind: str,
     dtype: str,
     tokenizer: Path | None = None,
-    max_num_tiles: int = 12,
-    use_thumbnail: bool = True,
+    media: hf_layout.MediaBudget = hf_layout.RELEASED_MEDIA,
 ) -> list[Path]:
     """Write every file of a folder that is not weights: configs, chat template, tokenizer.
 
@@ -257,8 +279,7 @@ def write_config(
         kind: `vlm`, `language` or `vision`.
         dtype: Number format of the weights as Transformers spells it, e.g. `bfloat16`.
         tokenizer: Folder with `tokenizer.json`; a `chat_template.jinja` there replaces ours.
-        max_num_tiles: Largest tile grid of an image.
-        use_thumbnail: A whole-image tile follows the grid.
+        media: How images and videos become tiles.
 
     Returns:
         The files written.
@@ -266,10 +287,8 @@ def write_config(
     vision = config.vision
     if kind == "vlm":
         documents = {
-            "config.json": hf_layout.vlm_config(config, dtype=dtype, use_thumbnail=use_thumbnail),
-            "preprocessor_config.json": hf_layout.preprocessor_config(
-                vision, max_num_tiles=max_num_tiles, use_thumbnail=use_thumbnail
-            ),
+            "config.json": hf_layout.vlm_config(config, dtype=dtype, media=media),
+            PREPROCESSOR: hf_layout.preprocessor_config(vision, media),
             "processor_config.json": hf_layout.processor_config(),
             f"{OMNI_FOLDER}/config.json": hf_layout.omni_config(config, dtype=dtype),
         }

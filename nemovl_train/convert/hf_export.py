@@ -3,6 +3,8 @@
 Peak memory is one canonical tensor and its Hugging Face parts, whatever the model's size.
 """
 
+import fcntl
+import glob
 import json
 import os
 import shutil
@@ -18,6 +20,7 @@ from torch import Tensor
 from nemovl_train.config.schema import ModelConfig
 from nemovl_train.convert.card import model_card
 from nemovl_train.convert.hf_config import write_config
+from nemovl_train.convert.hf_layout import RELEASED_MEDIA, MediaBudget
 from nemovl_train.convert.mapping import Spec, default_constants, dtype_name, stream_to_hf
 from nemovl_train.convert.names import KINDS, Entry, Precision, constant_names, table
 from nemovl_train.convert.tensor_files import CODE_OF, MAX_SHARD_BYTES, ShardWriter, file_hash
@@ -38,8 +41,7 @@ def export_canonical(
     dtype: torch.dtype | None = None,
     state_dtype: torch.dtype = torch.float32,
     constants: Mapping[str, Tensor] | None = None,
-    max_num_tiles: int = 12,
-    use_thumbnail: bool = True,
+    media: MediaBudget = RELEASED_MEDIA,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
 ) -> Path:
@@ -58,8 +60,7 @@ def export_canonical(
         dtype: Format of the weights; None keeps that of the tensors.
         state_dtype: Format of A_log and D.
         constants: Tower constants of an imported folder (`mapping.constants_of`); None writes our own.
-        max_num_tiles: Largest tile grid, for the preprocessor.
-        use_thumbnail: Whether a whole-image tile follows the grid.
+        media: How images and videos become tiles, for the preprocessor.
         max_shard_bytes: Largest shard.
         overwrite: Replace `out_dir` if an export made it.
 
@@ -71,6 +72,7 @@ def export_canonical(
     """
     if kind not in KINDS:
         raise ConversionError(f"kind {kind!r}; known are {', '.join(KINDS)}")
+    _remove_leftovers(out_dir)
     _refuse_existing(out_dir, overwrite)
     entries = table(config, kind)
     found, tensors = _format_of(tensors, entries)
@@ -80,6 +82,7 @@ def export_canonical(
     plan = _plan(entries, dtype or found, state_dtype) | {n: Spec(tuple(t.shape), t.dtype) for n, t in extra.items()}
     temporary = out_dir.parent / f".{out_dir.name}.{uuid.uuid4().hex[:8]}.partial"
     temporary.mkdir(parents=True)
+    lock = _lock(temporary)
     try:
         stream = stream_to_hf(tensors, entries, dtype=dtype, state_dtype=state_dtype)
         writer = ShardWriter(temporary, plan, max_shard_bytes=max_shard_bytes)
@@ -90,14 +93,43 @@ def export_canonical(
             kind=kind,
             dtype=dtype_name(dtype or found),
             tokenizer=tokenizer,
-            max_num_tiles=max_num_tiles,
-            use_thumbnail=use_thumbnail,
+            media=media,
         )
         _write_card_and_manifest(temporary, config, kind, dtype=dtype or found, card=card, writer=writer)
         _publish(temporary, out_dir)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
     return out_dir
+
+
+def _remove_leftovers(out_dir: Path) -> None:
+    """Remove what killed exports of this name left beside it. An export that still runs holds its folder's lock."""
+    work = f".{glob.escape(out_dir.name)}.????????"
+    for partial in out_dir.parent.glob(f"{work}.partial"):
+        lock = _lock(partial)
+        if lock is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+            os.close(lock)
+    for old in out_dir.parent.glob(f"{work}.old"):
+        if old.with_suffix(".partial").exists():
+            continue  # its export is about to publish
+        if out_dir.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(out_dir)
+
+
+def _lock(folder: Path) -> int | None:
+    """Descriptor that holds a folder's lock until it is closed or its process dies; None when it cannot be had."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # held by another export, or the file system has no locks
+        os.close(handle)
+        return None
+    return handle
 
 
 def _refuse_existing(out_dir: Path, overwrite: bool) -> None:
@@ -194,7 +226,7 @@ def _publish(temporary: Path, out_dir: Path) -> None:
     temporary.rename(out_dir)
     _sync(out_dir.parent)
     if old is not None:
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

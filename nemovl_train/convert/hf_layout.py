@@ -5,6 +5,7 @@ Field names and values follow the released `nvidia/NVIDIA-Nemotron-Nano-12B-v2-V
 classes `NemotronHConfig`, `RadioConfig`, `NemotronH_Omni_Reasoning_V3_Config`.
 """
 
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from nemovl_train.config.schema import LanguageConfig, ModelConfig, VisionConfig
@@ -28,7 +29,29 @@ PROJECTOR_EPS = 1e-5
 OMNI_VIDEO_FRAMES = 2
 
 
-def vlm_config(config: ModelConfig, *, dtype: str, use_thumbnail: bool = True) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class MediaBudget:
+    """How images and videos become tiles, as `preprocessor_config.json` says it.
+
+    The released folder has only the image fields; the others take the values of arXiv 2511.03929, section 3.6.
+
+    Attributes:
+        max_num_tiles: Largest tile grid of an image.
+        use_thumbnail: A whole-image tile follows a grid of more than one tile.
+        video_fps: Frames sampled per second of video.
+        video_max_frames: Most frames of one video.
+    """
+
+    max_num_tiles: int = 12
+    use_thumbnail: bool = True
+    video_fps: float = 2.0
+    video_max_frames: int = 128
+
+
+RELEASED_MEDIA = MediaBudget()
+
+
+def vlm_config(config: ModelConfig, *, dtype: str, media: MediaBudget) -> dict[str, Any]:
     """`config.json` of a vision-language folder.
 
     Raises:
@@ -54,7 +77,7 @@ def vlm_config(config: ModelConfig, *, dtype: str, use_thumbnail: bool = True) -
         "template": None,
         "vit_hidden_size": vision.hidden_size,
         "projector_hidden_size": config.projector.ffn_hidden_size,
-        "use_thumbnail": use_thumbnail,
+        "use_thumbnail": media.use_thumbnail,
         "norm_mean": list(vision.norm_mean),
         "norm_std": list(vision.norm_std),
         "img_context_token": "<image>",
@@ -225,15 +248,14 @@ def omni_config(config: ModelConfig, *, dtype: str) -> dict[str, Any]:
     }
 
 
-def preprocessor_config(vision: VisionConfig, *, max_num_tiles: int, use_thumbnail: bool) -> dict[str, Any]:
-    """`preprocessor_config.json`: tiling and normalisation of images."""
+def preprocessor_config(vision: VisionConfig, media: MediaBudget) -> dict[str, Any]:
+    """`preprocessor_config.json`: tiling and normalisation of images, frames of videos."""
     return {
         "image_processor_type": "NemotronNanoVLV2ImageProcessor",
         "processor_class": "NemotronNanoVLV2Processor",
         "image_size": vision.tile_size,
         "patch_size": vision.patch_size,
-        "max_num_tiles": max_num_tiles,
-        "use_thumbnail": use_thumbnail,
+        **asdict(media),
         "downsample_ratio": PIXEL_SHUFFLE,
         "do_rescale": True,
         "norm_mean": list(vision.norm_mean),

@@ -15,10 +15,12 @@ from data_pipelines.media.rules import RenderRules
 from data_pipelines.schema import content_items
 from data_pipelines.shards import Dataset, StoredSample
 from data_pipelines.tokenizer import TextTokenizer
+from nemovl_train.checkpoint.files import explain_disk_errors, replace_text
 from nemovl_train.config.schema import RunConfig
 from nemovl_train.inference.generate import generate
 from nemovl_train.inference.prompt import Prompt, build_prompt
 from nemovl_train.model.vlm import NemotronVL
+from nemovl_train.parallel.agree import on_first_rank
 from nemovl_train.parallel.layout import Layout
 
 MAX_NEW_TOKENS = 24
@@ -32,6 +34,7 @@ def write_predictions(
     """Answer the first few questions of every held-out set and write `predictions.json` beside their pictures."""
     rules = RenderRules.from_config(data)
     rows: list[dict[str, Any]] = []
+    pictures: dict[str, torch.Tensor] = {}
     for name, source in data.sources.items():
         dataset = Dataset.open(source.path, source.split, rules=rules, tokenizer=tokenizer)
         stored = [dataset.read(i) for i in range(min(config.evaluation.predictions, len(dataset)))]
@@ -41,20 +44,17 @@ def write_predictions(
         asked = [(s, prompt) for s, prompt in asked if len(prompt.input_ids) <= MAX_PROMPT_TOKENS]
         answers = generate(model, [p for _, p in asked], device=layout.device, max_new_tokens=MAX_NEW_TOKENS)
         for (sample, prompt), answer in zip(asked, answers, strict=True):
-            rows.append(_row(name, sample, prompt, tokenizer.decode(answer, skip_special_tokens=True), folder, layout))
-    if layout.rank == 0:
-        (folder / "predictions.json").write_text(json.dumps(rows, indent=1))
+            shown = _pictures(prompt, f"{name}_{sample.record['id']}")
+            rows.append(_row(name, sample, tokenizer.decode(answer, skip_special_tokens=True), list(shown)))
+            pictures.update(shown)
+    on_first_rank(lambda: _write(folder, rows, pictures))
 
 
-def _row(
-    source: str, sample: StoredSample, prompt: Prompt, answer: str, folder: Path, layout: Layout
-) -> dict[str, Any]:
-    key = str(sample.record["id"])
+def _row(source: str, sample: StoredSample, answer: str, pictures: list[str]) -> dict[str, Any]:
     reference = _text(sample.record["messages"][-1])
-    pictures = _save_pictures(prompt.tiles[:MAX_PICTURES], folder, f"{source}_{key}") if layout.rank == 0 else []
     return {
         "source": source,
-        "key": key,
+        "key": str(sample.record["id"]),
         "question": "\n".join(_text(m) for m in sample.record["messages"][:-1]),
         "reference": reference,
         "prediction": answer.strip(),
@@ -67,11 +67,15 @@ def _text(message: Mapping[str, Any]) -> str:
     return " ".join(item["text"] for item in content_items(message) if item["type"] == "text")
 
 
-def _save_pictures(tiles: torch.Tensor, folder: Path, stem: str) -> list[str]:
-    (folder / "predictions").mkdir(exist_ok=True)
-    names = []
-    for number, tile in enumerate(tiles):
-        name = f"predictions/{stem.replace('/', '_')}_{number}.png"
-        Image.fromarray(tile.permute(1, 2, 0).numpy()).save(folder / name)
-        names.append(name)
-    return names
+def _pictures(prompt: Prompt, stem: str) -> dict[str, torch.Tensor]:
+    """First tiles of a prompt by the name of the file they go to, [3, P, P] uint8."""
+    safe = stem.replace("/", "_")
+    return {f"predictions/{safe}_{i}.png": tile for i, tile in enumerate(prompt.tiles[:MAX_PICTURES])}
+
+
+def _write(folder: Path, rows: list[dict[str, Any]], pictures: dict[str, torch.Tensor]) -> None:
+    with explain_disk_errors(folder):
+        (folder / "predictions").mkdir(exist_ok=True)
+        for name, tile in pictures.items():
+            Image.fromarray(tile.permute(1, 2, 0).numpy()).save(folder / name)
+    replace_text(folder / "predictions.json", json.dumps(rows, indent=1))

@@ -4,14 +4,14 @@ Exact match needs no generation. Greedy decoding writes the reference answer if 
 the most likely token is the reference's at every position from where generation starts through the end-of-turn token.
 One forward pass over packed samples therefore scores them all.
 
-Shape suffixes: S tokens in a pack, V vocabulary rows.
+Shape suffixes: M supervised positions of a pack, V vocabulary rows.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,16 @@ from torch import Tensor
 from data_pipelines.config import DataConfig, SourceConfig
 from data_pipelines.loader import heldout_packs
 from data_pipelines.schema import Pack
+from data_pipelines.template import NO_TRACE, TRACE_START
 from data_pipelines.tokenizer import TextTokenizer
+from nemovl_train.checkpoint.files import replace_text
 from nemovl_train.config.schema import RunConfig
 from nemovl_train.evaluation.predictions import write_predictions
+from nemovl_train.inference.generate import most_likely
 from nemovl_train.model.batch import PackBatch
 from nemovl_train.model.vlm import NemotronVL
+from nemovl_train.parallel.agree import on_first_rank
 from nemovl_train.parallel.layout import Layout
-
-NO_REASONING = "<think></think>"
 
 
 @dataclass
@@ -66,7 +68,15 @@ class Score:
         }
 
 
-def evaluate_stage(model: NemotronVL, config: RunConfig, layout: Layout, folder: Path, step: int) -> dict[str, Any]:
+def evaluate_stage(
+    model: NemotronVL,
+    config: RunConfig,
+    layout: Layout,
+    folder: Path,
+    step: int,
+    *,
+    interrupted: Callable[[], bool],
+) -> dict[str, Any] | None:
     """Score every held-out set and write `evaluation.json` and `predictions.json`. Collective.
 
     Args:
@@ -75,9 +85,10 @@ def evaluate_stage(model: NemotronVL, config: RunConfig, layout: Layout, folder:
         layout: Owner of the process groups.
         folder: The stage's folder.
         step: Step that is evaluated.
+        interrupted: Asked on every rank before each held-out set; True gives up, and a restart begins again.
 
     Returns:
-        Contents of `evaluation.json`; empty when the config asks for no evaluation.
+        Contents of `evaluation.json`, empty when the config asks for no evaluation; None when interrupted.
     """
     if not config.evaluation.sources:
         return {}
@@ -85,16 +96,16 @@ def evaluate_stage(model: NemotronVL, config: RunConfig, layout: Layout, folder:
     data = evaluation_data(config)
     tokenizer = TextTokenizer(data.tokenizer)
     model.eval()
-    rows = {name: score_source(model, data, name, config, layout, tokenizer).row() for name in data.sources}
+    rows = {}
+    for name in data.sources:
+        if interrupted():
+            return None
+        rows[name] = score_source(model, data, name, config, layout, tokenizer).row()
     if layout.tp == 1:
         write_predictions(model, config, data, tokenizer, layout, folder)
     model.train()
     result = {"step": step, "seconds": time.perf_counter() - began, "sources": rows}
-    if layout.rank == 0:
-        work = folder / "evaluation.tmp"
-        work.write_text(json.dumps(result, indent=1))
-        work.replace(folder / "evaluation.json")
-    dist.barrier()
+    on_first_rank(lambda: replace_text(folder / "evaluation.json", json.dumps(result, indent=1)))
     return result
 
 
@@ -105,7 +116,6 @@ def evaluation_data(config: RunConfig) -> DataConfig:
     return replace(config.data, sources=sources, seq_length=options.seq_length, packing="sequential", num_workers=0)
 
 
-@torch.no_grad()
 def score_source(
     model: NemotronVL, data: DataConfig, name: str, config: RunConfig, layout: Layout, tokenizer: TextTokenizer
 ) -> Score:
@@ -120,7 +130,7 @@ def score_source(
         dp_rank=layout.dp_rank,
         dp_size=layout.dp,
     )
-    forced = tokenizer.encode_text(NO_REASONING)
+    forced = [tokenizer.encode_text(NO_TRACE), tokenizer.encode_text(TRACE_START)]
     for pack in packs:
         total.add(score_pack(model, pack, layout, forced=forced, eos=config.model.tokens.eos))
     sums = torch.tensor([total.nats, total.tokens, total.matches, total.samples], dtype=torch.float64)
@@ -130,24 +140,25 @@ def score_source(
     return Score(nats, int(tokens), int(matches), int(samples))
 
 
-def score_pack(model: NemotronVL, pack: Pack, layout: Layout, *, forced: list[int], eos: int) -> Score:
+@torch.no_grad()
+def score_pack(model: NemotronVL, pack: Pack, layout: Layout, *, forced: Sequence[list[int]], eos: int) -> Score:
     """Score the samples of one pack.
 
     Args:
         model: The model, in evaluation mode.
         pack: Held-out samples.
         layout: Owner of the device.
-        forced: Ids that a generation prompt ends with when reasoning is off; they are given, not generated.
+        forced: Ids that a generation prompt can end with; an answer that starts so was given them.
         eos: Id of the end of a turn; what follows it is not generated either.
     """
     positions = (pack.labels >= 0).nonzero()[:, 0]
     if positions.numel() == 0:
         return Score()
     batch = PackBatch.from_pack(pack, layout.device)
-    logits_SV = model.logits(batch, positions.to(layout.device))
+    logits_MV = model.logits(batch, positions.to(layout.device))
     labels = pack.labels[positions]
-    nats = torch.nn.functional.cross_entropy(logits_SV, labels.to(layout.device), reduction="sum")
-    right = (logits_SV.argmax(-1).cpu() == labels)
+    nats = torch.nn.functional.cross_entropy(logits_MV, labels.to(layout.device), reduction="sum")
+    right = most_likely(logits_MV, model.sizes.tokens).cpu() == labels
     documents = pack.seq_idx[positions]
     matches = sum(
         _answer_matches(right[documents == d], labels[documents == d], forced, eos) for d in documents.unique().tolist()
@@ -155,14 +166,14 @@ def score_pack(model: NemotronVL, pack: Pack, layout: Layout, *, forced: list[in
     return Score(float(nats), positions.numel(), matches, int(documents.unique().numel()))
 
 
-def _answer_matches(right: Tensor, labels: Tensor, forced: list[int], eos: int) -> bool:
+def _answer_matches(right: Tensor, labels: Tensor, forced: Sequence[list[int]], eos: int) -> bool:
     """Whether every generated position of every turn of a sample is right."""
     ids = labels.tolist()
     start = 0
     while eos in ids[start:]:
         end = ids.index(eos, start)
-        first = start + len(forced) if ids[start : start + len(forced)] == forced else start
-        if not bool(right[first : end + 1].all()):
+        given = max((len(f) for f in forced if ids[start : start + len(f)] == f), default=0)
+        if not bool(right[start + given : end + 1].all()):
             return False
         # The newline after the end of a turn is supervised, but generation has stopped there.
         start = end + 2

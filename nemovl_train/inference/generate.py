@@ -2,6 +2,8 @@
 
 Slow and simple. Prompts that are answered together share one pack, so a batch costs one forward pass a token, and
 nothing but the training forward pass is needed.
+
+Shape suffixes: M prompts or positions, V vocabulary rows.
 """
 
 from __future__ import annotations
@@ -9,10 +11,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
+from nemovl_train.config.schema import TokenIds
 from nemovl_train.inference.prompt import Prompt, pack_prompts
 from nemovl_train.model.batch import PackBatch
 from nemovl_train.model.vlm import NemotronVL
+
+
+def most_likely(logits_MV: Tensor, tokens: TokenIds) -> Tensor:
+    """Greedy choice at M positions. Never an image token: it stands for a visual feature, which no answer brings.
+
+    Args:
+        logits_MV: [M, V].
+        tokens: Ids of the model.
+
+    Returns:
+        [M] int64.
+    """
+    if tokens.image >= logits_MV.shape[-1]:
+        return logits_MV.argmax(-1)  # a text-only model: its vocabulary ends where the tags would begin
+    image = torch.tensor([tokens.image], device=logits_MV.device)
+    return logits_MV.index_fill(-1, image, float("-inf")).argmax(-1)
 
 
 @torch.no_grad()
@@ -38,9 +58,9 @@ def generate(
         if not open_prompts:
             break
         pack, last = pack_prompts([current[i] for i in open_prompts], pad=tokens.pad)
-        logits = model.logits(PackBatch.from_pack(pack, device), last.to(device))
+        logits_MV = model.logits(PackBatch.from_pack(pack, device), last.to(device))
         still_open = []
-        for index, token in zip(open_prompts, logits.argmax(-1).tolist(), strict=True):
+        for index, token in zip(open_prompts, most_likely(logits_MV, tokens).tolist(), strict=True):
             if token == tokens.eos:
                 continue
             answers[index].append(token)

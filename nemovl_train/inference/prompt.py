@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_pipelines.manifest import media_shape
 from data_pipelines.media.rules import RenderRules, lay_out
 from data_pipelines.pack import media_tiles
 from data_pipelines.schema import IGNORE_LABEL, Pack, media_items
-from data_pipelines.manifest import media_shape
 from data_pipelines.template import encode_prompt
 from data_pipelines.tokenizer import TextTokenizer
 
@@ -86,7 +86,9 @@ def pack_prompts(prompts: Sequence[Prompt], *, pad: int) -> tuple[Pack, Tensor]:
     ids = np.full(size, pad, dtype=np.int64)
     ids[:used] = np.concatenate([prompt.input_ids for prompt in prompts])
     starts = ends - lengths
-    tile_start = [int(start) + place for start, prompt in zip(starts, prompts, strict=True) for place in prompt.tile_start]
+    tile_start = [
+        int(start) + place for start, prompt in zip(starts, prompts, strict=True) for place in prompt.tile_start
+    ]
     tiles = torch.cat([prompt.tiles for prompt in prompts])
     pack = Pack(
         index=-1,

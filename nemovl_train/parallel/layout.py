@@ -1,6 +1,8 @@
 """The one owner of process groups, sizes and ranks. No other module asks megatron-core's `parallel_state`."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -104,8 +106,29 @@ class Layout:
                 dist.destroy_process_group(group)
 
 
+def launch_rank() -> int:
+    """This process's number as its launcher gave it, before torch.distributed is up; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Lets one process of several work as if it had been started by itself: layouts made inside are of one process.
+
+    For work before the processes join, or after `shutdown`: the others wait elsewhere, or have left.
+    """
+    assert not dist.is_initialized() or dist.get_world_size() == 1, "the processes have joined; shutdown() comes first"
+    hidden = {name: os.environ.pop(name) for name in _TORCHRUN_VARIABLES if name in os.environ}
+    try:
+        yield
+    finally:
+        if hidden:
+            shutdown()  # a world of one, or none: the launcher's can follow
+        os.environ.update(hidden)
+
+
 def shutdown() -> None:
-    """Ends torch.distributed at the end of a process."""
+    """Ends torch.distributed: at the end of a process, or when the rest of its work needs no other. Collective."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -52,6 +53,21 @@ def collect_environment() -> dict[str, Any]:
         "git": _git(Path(nemovl_train.__file__).parent),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def record_environment(run_folder: Path) -> None:
+    """Write `environment.json` once per run: the first process of its first start does, a restart keeps it.
+
+    A folder that cannot be written is left to the run itself, which says what to do about it.
+
+    Args:
+        run_folder: `runs/NAME`; made when missing.
+    """
+    if os.environ.get("RANK", "0") != "0" or (run_folder / "environment.json").exists():
+        return
+    with contextlib.suppress(OSError):
+        run_folder.mkdir(parents=True, exist_ok=True)
+        write_environment(run_folder)
 
 
 def write_environment(run_folder: Path) -> Path:

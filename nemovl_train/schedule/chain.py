@@ -2,53 +2,90 @@
 
 Nothing here is remembered in memory only. Every piece leaves a folder that appears in one move, so the same command
 after any interruption skips what is there and continues the stage that was running.
+
+Parts come before the processes of a launcher join, export and report after they have parted: the first process does
+both alone.
 """
 
 from __future__ import annotations
 
+import json
 import logging
+import time
 from pathlib import Path
 
 from nemovl_train.config.compose import compose_stage
-from nemovl_train.config.schema import ScheduleConfig
+from nemovl_train.config.schema import RunConfig, ScheduleConfig
+from nemovl_train.exit_codes import ExitCode
+from nemovl_train.parallel.layout import alone, launch_rank, shutdown
+from nemovl_train.report.environment import record_environment
 from nemovl_train.schedule.ledger import DONE, RUNNING, Ledger, StageEntry
-from nemovl_train.schedule.parts import prepare_parts
+from nemovl_train.schedule.parts import joined_checkpoint, prepare_parts
+from nemovl_train.training import trainer
+from nemovl_train.training.folder import StageFolder
 
 log = logging.getLogger(__name__)
 
+POLL_SECONDS = 1.0
 
-def run(config: ScheduleConfig) -> int:
+
+def run(config: ScheduleConfig) -> ExitCode:
     """Run the chain, or continue it where it stopped. Under torchrun every rank calls it.
 
     Args:
         config: A validated schedule.
 
     Returns:
-        Exit code of the first stage that asked to be requeued, else 0.
+        `ExitCode.OK`; `ExitCode.REQUEUE` when a stage was asked to stop; `ExitCode.FAILED` when the exported folder
+        does not pass its verification.
     """
-    from nemovl_train.training import trainer
-
     root = Path(config.run.root) / config.run.name
-    ledger = Ledger.open(
-        root / "schedule.json", [StageEntry(Path(stage.recipe).name, stage.recipe) for stage in config.stages]
-    )
-    parent = prepare_parts(config, root)
+    stages = [compose_stage(config, stage) for stage in config.stages]
+    entries = [StageEntry(s.run.stage, c.recipe) for s, c in zip(stages, config.stages, strict=True)]
+    ledger = Ledger.open(root / "schedule.json", entries)
+    record_environment(root)
+    code = _parts(config, root)
+    if code != ExitCode.OK:
+        return code
+    parent = joined_checkpoint(root)
     for entry, stage in zip(ledger.stages, config.stages, strict=True):
-        values = {"run.stage": entry.name, "trainer.init_from": str(parent)}
-        stage_config = compose_stage(config, stage, values=values)
-        ledger.update(entry, state=RUNNING, parent=str(parent.relative_to(root)))
-        log.info("stage %s: from %s", entry.name, parent.relative_to(root))
-        code = trainer.run(stage_config)
-        if code != trainer.EXIT_DONE:
+        stage_config = compose_stage(config, stage, values={"trainer.init_from": str(parent)})
+        code = _stage(stage_config, entry, ledger, root)
+        if code != ExitCode.OK:
             return code
-        parent = root / entry.name / "checkpoints" / f"step_{stage_config.trainer.steps:08d}"
-        ledger.update(entry, state=DONE, checkpoint=str(parent.relative_to(root)))
-    if config.export:
-        _publish(root, parent)
-    return 0
+        parent = StageFolder.of(stage_config).last_checkpoint
+    shutdown()
+    if config.export and launch_rank() == 0:
+        with alone():
+            return _publish(root, parent)
+    return ExitCode.OK
 
 
-def _publish(root: Path, checkpoint: Path) -> None:
+def _parts(config: ScheduleConfig, root: Path) -> ExitCode:
+    """Make the joined parts in the first process, while the others wait for the checkpoint to appear."""
+    if launch_rank() == 0:
+        with alone():
+            return prepare_parts(config, root)
+    # Without a time limit of its own: when the first process fails, the launcher ends this one.
+    while not (joined_checkpoint(root) / "COMPLETE").is_file():
+        time.sleep(POLL_SECONDS)
+    return ExitCode.OK
+
+
+def _stage(config: RunConfig, entry: StageEntry, ledger: Ledger, root: Path) -> ExitCode:
+    folder = StageFolder.of(config)
+    assert config.trainer.init_from is not None
+    parent = str(Path(config.trainer.init_from).relative_to(root))
+    if not folder.is_done():
+        ledger.update(entry, state=RUNNING, parent=parent, checkpoint=None)
+        log.info("stage %s: from %s", entry.name, parent)
+    code = trainer.run(config)
+    if code == ExitCode.OK:
+        ledger.update(entry, state=DONE, parent=parent, checkpoint=str(folder.last_checkpoint.relative_to(root)))
+    return code
+
+
+def _publish(root: Path, checkpoint: Path) -> ExitCode:
     """Export the last stage, prove that the folder loads elsewhere, write the report."""
     from nemovl_train.convert.checkpoints import export_checkpoint
     from nemovl_train.convert.verify import verify
@@ -57,7 +94,18 @@ def _publish(root: Path, checkpoint: Path) -> None:
     out = root / "hf"
     if not out.exists():
         export_checkpoint(checkpoint, out)
-    if not (out / "verification.json").exists():
-        verify(out, reference=checkpoint)
+    verified = _verified(out) or verify(out, reference=checkpoint)["ok"]
     report = write_report(root)
+    if not verified:
+        log.error("the exported folder failed its verification: %s says what is wrong", out / "verification.md")
+        return ExitCode.FAILED
     log.info("exported model: %s   report: %s", out, report)
+    return ExitCode.OK
+
+
+def _verified(out: Path) -> bool:
+    """Whether an earlier verification passed; one that was cut off or failed is done again."""
+    try:
+        return bool(json.loads((out / "verification.json").read_text(encoding="utf-8"))["ok"])
+    except (OSError, ValueError, KeyError):
+        return False

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from nemovl_train.checkpoint.files import explain_disk_errors, replace_text
 from nemovl_train.exceptions import ConfigError
+from nemovl_train.parallel.layout import launch_rank
 
 FORMAT_VERSION = 1
 PENDING, RUNNING, DONE = "pending", "running", "done"
@@ -69,16 +70,18 @@ class Ledger:
         return ledger
 
     def update(self, entry: StageEntry, **changes: str | None) -> None:
-        """Change an entry and write the record."""
+        """Change an entry, and write the record if that made a difference."""
+        before = asdict(entry)
         for name, value in changes.items():
             setattr(entry, name, value)
-        self.write()
+        if asdict(entry) != before:
+            self.write()
 
     def write(self) -> None:
         """Replace the file in one move; only the first process writes."""
-        if int(os.environ.get("RANK", "0")) != 0:
+        if launch_rank() != 0:
             return
-        work = self.path.with_suffix(".tmp")
-        work.parent.mkdir(parents=True, exist_ok=True)
-        work.write_text(json.dumps({"format_version": FORMAT_VERSION, "stages": [asdict(e) for e in self.stages]}, indent=1))
-        work.replace(self.path)
+        with explain_disk_errors(self.path.parent):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        record = {"format_version": FORMAT_VERSION, "stages": [asdict(e) for e in self.stages]}
+        replace_text(self.path, json.dumps(record, indent=1))

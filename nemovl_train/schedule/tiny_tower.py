@@ -27,7 +27,7 @@ TILES_PER_STEP = 64
 HIDDEN_SHARE = 0.5
 
 
-def pretrain_tower(tower: VisionTower, tiles_T3PP: Tensor, *, seed: int, steps: int = STEPS) -> float:
+def pretrain_tower(tower: VisionTower, tiles_T3PP: Tensor, *, seed: int, steps: int = STEPS) -> list[float]:
     """Train the tower in place.
 
     Args:
@@ -37,7 +37,7 @@ def pretrain_tower(tower: VisionTower, tiles_T3PP: Tensor, *, seed: int, steps: 
         steps: Optimiser steps.
 
     Returns:
-        Mean squared error of the last step, in units of the normalised pixels' variance.
+        Mean squared error of every step, in units of the normalised pixels' variance.
     """
     generator = torch.Generator().manual_seed(seed)
     patch = tower.patch_dim
@@ -47,7 +47,7 @@ def pretrain_tower(tower: VisionTower, tiles_T3PP: Tensor, *, seed: int, steps: 
     optimizer = torch.optim.AdamW(
         [*tower.parameters(), *head.parameters()], betas=(OPTIM.beta1, OPTIM.beta2), weight_decay=OPTIM.weight_decay
     )
-    loss = torch.zeros(())
+    losses = []
     for step in range(steps):
         chosen = torch.randint(tiles_T3PP.shape[0], (TILES_PER_STEP,), generator=generator)
         pixels_T3PP = tower.normalize(tiles_T3PP[chosen])
@@ -62,7 +62,8 @@ def pretrain_tower(tower: VisionTower, tiles_T3PP: Tensor, *, seed: int, steps: 
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return loss.item()
+        losses.append(loss.item())
+    return losses
 
 
 def _patches(pixels_T3PP: Tensor, patch: int) -> Tensor:

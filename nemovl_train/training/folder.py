@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+from nemovl_train.checkpoint import sealed
+from nemovl_train.checkpoint.files import explain_disk_errors, replace_text
 from nemovl_train.config.dump import config_diff, config_hash, dump_yaml, load_yaml
 from nemovl_train.config.schema import RunConfig
 from nemovl_train.exceptions import CheckpointError, ConfigError
+from nemovl_train.parallel.agree import on_first_rank
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -18,49 +22,73 @@ class StageFolder:
 
     Attributes:
         path: The folder.
-        run_id: Identity that checkpoints carry.
-        steps: Steps after which the stage is done.
-        needs_evaluation: Whether a finished stage has an evaluation.
+        config: What runs in it.
     """
 
     path: Path
-    run_id: str
-    steps: int
-    needs_evaluation: bool
+    config: RunConfig
 
     @classmethod
-    def open(cls, config: RunConfig) -> StageFolder:
-        """Create the folder, or recognise it as this run's.
+    def of(cls, config: RunConfig) -> StageFolder:
+        """The folder that a config names; nothing is read or written."""
+        return cls(Path(config.run.root) / config.run.name / config.run.stage, config)
 
-        Raises:
-            ConfigError: Another recipe, or this one with other options that decide the result, lives here.
-            CheckpointError: The folder cannot be written.
-        """
-        path = Path(config.run.root) / config.run.name / config.run.stage
-        run_id = f"{config.run.name}/{config.run.stage}/{config_hash(config)[:12]}"
-        folder = cls(path, run_id, config.trainer.steps, bool(config.evaluation.sources))
-        written = path / "config.yaml"
-        if int(os.environ.get("RANK", "0")) == 0:
-            _make(path)
-            if written.is_file():
-                _refuse_other_run(path, config)
-            _replace(written, dump_yaml(config))
-        return folder
+    @property
+    def run_id(self) -> str:
+        """Identity that the stage's checkpoints carry."""
+        run = self.config.run
+        return f"{run.name}/{run.stage}/{config_hash(self.config)[:12]}"
 
     @property
     def checkpoints(self) -> Path:
         """Folder of the stage's checkpoints."""
         return self.path / "checkpoints"
 
+    @property
+    def last_checkpoint(self) -> Path:
+        """The checkpoint that a finished stage has."""
+        return sealed.step_folder(self.checkpoints, self.config.trainer.steps)
+
+    def claim(self) -> None:
+        """Create the folder, or recognise it as this run's and tidy it. Collective.
+
+        Raises:
+            ConfigError: Another recipe, or this one with other options that decide the result, lives here.
+            CheckpointError: The folder cannot be written.
+        """
+        on_first_rank(self._claim)
+
     def is_done(self) -> bool:
         """All steps are taken and, where asked for, the evaluation is written."""
-        last = self.checkpoints / f"step_{self.steps:08d}" / "COMPLETE"
-        return last.is_file() and (self.evaluation() is not None or not self.needs_evaluation)
+        evaluated = (self.path / "evaluation.json").is_file() or not self.config.evaluation.sources
+        return evaluated and (self.last_checkpoint / "COMPLETE").is_file()
 
-    def evaluation(self) -> dict | None:
-        """Contents of `evaluation.json`, if the evaluation is complete."""
-        path = self.path / "evaluation.json"
-        return json.loads(path.read_text()) if path.is_file() else None
+    def newest_checkpoint(self) -> Path | None:
+        """Where to continue; every rank gets the one that rank 0 verified. Collective."""
+        return on_first_rank(lambda: sealed.latest(self.checkpoints, run_id=self.run_id))
+
+    def _claim(self) -> None:
+        _make(self.path)
+        written = self.path / "config.yaml"
+        if written.is_file():
+            _refuse_other_run(self.path, self.config)
+        replace_text(written, dump_yaml(self.config))
+        sealed.clean(self.checkpoints)
+
+
+def resolve_checkpoint(path: Path) -> Path:
+    """A checkpoint folder from itself, a `checkpoints` folder, or a stage folder.
+
+    Raises:
+        CheckpointError: Nothing loadable is there.
+    """
+    if (path / "integrity.json").is_file():
+        return path
+    for root in (path / "checkpoints", path):
+        found = sealed.latest(root)
+        if found is not None:
+            return found
+    raise CheckpointError(f"{path}: no complete checkpoint here (trainer.init_from takes a stage or checkpoint folder)")
 
 
 def _refuse_other_run(path: Path, config: RunConfig) -> None:
@@ -73,22 +101,11 @@ def _refuse_other_run(path: Path, config: RunConfig) -> None:
 
 
 def _make(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / ".write_probe"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise CheckpointError(
-            f"run folder {path} is not writable ({error.strerror}): choose another place with run.root=DIR"
-        ) from error
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a small file so that a reader sees the old or the new one, never half."""
-    work = path.with_suffix(".tmp")
-    try:
-        work.write_text(text)
-        os.replace(work, path)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {path} ({error.strerror}): free space, or use another run.root") from error
+    probe = path / ".write_probe"
+    with explain_disk_errors(path):
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+            probe.unlink()
+        except (FileExistsError, NotADirectoryError) as error:
+            raise CheckpointError(f"{error.filename} is a file, not a folder: choose another run.root=DIR") from error

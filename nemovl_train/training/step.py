@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,9 @@ from nemovl_train.training.optimizer import Optimizers
 
 # isort: split
 from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipelining
+
+# What megatron-core's schedule wants of a loss: the value, its token count (ignored here), numbers to hand back.
+LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class StepResult:
         capacity: Tokens the packs could have held.
         samples: Samples in the step.
         tiles: Image tiles encoded.
-        seconds: Wall time of the step without waiting for data.
+        seconds: Wall time of the step without waiting for data, on this rank.
     """
 
     loss: float
@@ -87,10 +90,10 @@ def forward_backward(
         Sum of the scaled losses of this data parallel rank, float32 scalar on the device.
     """
 
-    def forward_step(iterator: Iterator[PackBatch], stage: NemotronVL):  # noqa: ANN202 - megatron-core's protocol
+    def forward_step(iterator: Iterator[PackBatch], stage: NemotronVL) -> tuple[torch.Tensor, LossFunction]:
         batch = next(iterator)
 
-        def weighted_sum(token_loss_S: torch.Tensor):  # noqa: ANN202
+        def weighted_sum(token_loss_S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
             loss = (token_loss_S * batch.loss_weight).sum()
             return loss, torch.ones((), dtype=torch.int, device=loss.device), {"loss": loss.detach()}
 

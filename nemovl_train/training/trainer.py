@@ -11,15 +11,17 @@ import torch
 from data_pipelines.loader import PackStream
 from data_pipelines.schema import Pack
 from nemovl_train.checkpoint import sealed
-from nemovl_train.config.dump import config_hash, to_plain
+from nemovl_train.config.dump import config_hash, redact, to_plain
 from nemovl_train.config.schema import RunConfig
 from nemovl_train.evaluation.run import evaluate_stage
 from nemovl_train.exceptions import CheckpointError, UserError
+from nemovl_train.exit_codes import ExitCode
 from nemovl_train.model.batch import PackBatch
 from nemovl_train.model.vlm import build_model
+from nemovl_train.parallel.agree import from_every_rank, on_first_rank
 from nemovl_train.parallel.layout import Layout
 from nemovl_train.training.callbacks import Callback, MetricsFile, ProgressLine, trackers
-from nemovl_train.training.folder import StageFolder
+from nemovl_train.training.folder import StageFolder, resolve_checkpoint
 from nemovl_train.training.lr import learning_rate
 from nemovl_train.training.optimizer import Optimizers
 from nemovl_train.training.signals import StopRequest
@@ -28,29 +30,30 @@ from nemovl_train.training.step import StepResult, forward_backward, train_step
 
 log = logging.getLogger(__name__)
 
-EXIT_DONE = 0
-EXIT_REQUEUE = 75
-
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def run(config: RunConfig) -> int:
+def run(config: RunConfig) -> ExitCode:
     """Train one stage, or continue it where it stopped.
 
     Args:
         config: A validated config.
 
     Returns:
-        `EXIT_DONE`, or `EXIT_REQUEUE` when a signal asked to stop and the run was saved.
+        `ExitCode.OK`, or `ExitCode.REQUEUE` when a signal asked to stop and everything is saved.
+
+    Raises:
+        UserError: The folder, the data, the parent's weights or the layout cannot be used; every rank raises it.
     """
-    folder = StageFolder.open(config)
-    if folder.is_done():
-        log.info("%s: nothing left to do, %d steps are done", folder.path, config.trainer.steps)
-        return EXIT_DONE
     if config.trainer.threads:
         torch.set_num_threads(config.trainer.threads)
-    layout = Layout.create(config.parallel)
+    layout = Layout.create(config.parallel, config.model.language)
     try:
+        folder = StageFolder.of(config)
+        folder.claim()
+        if on_first_rank(folder.is_done):
+            log.info("%s: nothing left to do, %d steps are done", folder.path, config.trainer.steps)
+            return ExitCode.OK
         return Trainer(config, folder, layout).fit()
     finally:
         layout.destroy()
@@ -61,7 +64,7 @@ class Trainer:
 
     Args:
         config: A validated config.
-        folder: The stage's folder.
+        folder: The stage's folder, claimed.
         layout: Owner of the process groups.
     """
 
@@ -73,24 +76,25 @@ class Trainer:
         )
         self.model.freeze(train=config.trainer.train)
         self.state = TrainState(seed=config.trainer.seed, config_hash=config_hash(config))
-        self.resumed_from = sealed.latest(folder.checkpoints, run_id=folder.run_id)
-        if self.resumed_from is None:
+        resumed_from = folder.newest_checkpoint()
+        if resumed_from is None:
             self._load_initial_weights()
         # Built after the initial weights: the distributed optimizer copies its fp32 master weights from them.
         self.optimizers = Optimizers(self.model, layout, config.optim, dtype)
         self.model.config.no_sync_func = self.optimizers.no_sync
         self.model.config.finalize_model_grads_func = self.optimizers.reduce_gradients
-        if self.resumed_from is not None:
-            self._restore(self.resumed_from)
+        if resumed_from is not None:
+            self._restore(resumed_from)
         self.stream = self._open_stream()
-        self.last_keys: tuple[str, ...] = ()
-        self.callbacks = self._callbacks() if layout.rank == 0 else []
+        self.step_keys: tuple[str, ...] = ()
+        self.callbacks: list[Callback] = []
+        on_first_rank(self._add_callbacks)
 
-    def fit(self) -> int:
+    def fit(self) -> ExitCode:
         """Take the remaining steps, then evaluate.
 
         Returns:
-            `EXIT_DONE`, or `EXIT_REQUEUE` after a stop signal.
+            `ExitCode.OK`, or `ExitCode.REQUEUE` after a stop signal.
         """
         total, every = self.config.trainer.steps, self.config.checkpoint.every_steps
         try:
@@ -104,17 +108,16 @@ class Trainer:
                     result = train_step(
                         self.model, self.optimizers, packs, self.layout, lr=lr, divisor=self.config.optim.loss_divisor
                     )
-                    self._account(result)
+                    self._account(result, packs)
                     for callback in self.callbacks:
                         callback.on_step(self, result, lr=lr, data_seconds=data_seconds)
+                    self._stop_if_too_many_bad_steps()
                     stopping = stop.agreed()
                     if self.state.step % every == 0 or self.state.step == total or stopping:
                         self.save()
                     if stopping and self.state.step < total:
-                        log.warning("%s: saved at step %d, run again to continue", self.folder.path, self.state.step)
-                        return EXIT_REQUEUE
-                self._finish()
-            return EXIT_DONE
+                        return self._requeue()
+                return self._finish(stop)
         finally:
             for callback in self.callbacks:
                 callback.close()
@@ -130,14 +133,14 @@ class Trainer:
             state=self.state.to_json(),
             run_id=self.folder.run_id,
         )
-        sealed.retain(self.folder.checkpoints, self.config.checkpoint.keep_last)
+        sealed.retain(path, self.config.checkpoint.keep_last)
         self._call("on_checkpoint", path)
 
     def _load_initial_weights(self) -> None:
         source = self.config.trainer.init_from
         if source is None:
             return
-        folder = resolve_checkpoint(Path(source))
+        folder = on_first_rank(lambda: resolve_checkpoint(Path(source)))
         sealed.load(folder, model=self.model)
         self.state.parent = str(folder)
 
@@ -147,6 +150,8 @@ class Trainer:
         for name in ("seed", "config_hash"):
             if getattr(restored, name) != getattr(self.state, name):
                 raise CheckpointError(f"{folder}: {name} differs from this run's; choose another run.name")
+        if sealed.step_folder(self.folder.checkpoints, restored.step) != folder:
+            raise CheckpointError(f"{folder} holds step {restored.step}: it was renamed; give it its name back")
         self.state = restored
         log.info("%s: continuing after step %d from %s", self.folder.path, restored.step, folder.name)
 
@@ -171,7 +176,6 @@ class Trainer:
     def _next_packs(self) -> tuple[list[Pack], float]:
         began = time.perf_counter()
         packs = next(self.stream)
-        self.last_keys = tuple(key for pack in packs for key in pack.sample_keys)
         return packs, time.perf_counter() - began
 
     def _dry_batch(self, packs: list[Pack]) -> None:
@@ -181,7 +185,7 @@ class Trainer:
         forward_backward(self.model, [batch], self.layout)
         self.optimizers.zero_grad()
 
-    def _account(self, result: StepResult) -> None:
+    def _account(self, result: StepResult, packs: list[Pack]) -> None:
         state = self.state
         state.step += 1
         state.packs_consumed = self.stream.packs_consumed
@@ -189,46 +193,43 @@ class Trainer:
         state.tokens_supervised += result.supervised
         state.tokens_visual += result.visual
         if not result.applied:
+            # Known to all ranks alike, so all of them come here and say what they had.
+            keys = from_every_rank([key for pack in packs for key in pack.sample_keys])
+            self.step_keys = tuple(dict.fromkeys(key for rank_keys in keys for key in rank_keys))
             state.bad_steps += 1
             log.warning("step %d changed nothing: loss %s, gradient norm %s", state.step, result.loss, result.grad_norm)
-        if state.bad_steps > self.config.trainer.max_bad_steps:
+
+    def _stop_if_too_many_bad_steps(self) -> None:
+        if self.state.bad_steps > self.config.trainer.max_bad_steps:
             raise UserError(
-                f"{state.bad_steps} steps had a loss or gradient norm that is not finite (trainer.max_bad_steps="
-                f"{self.config.trainer.max_bad_steps}); the samples are in {self.folder.path}/events.jsonl"
+                f"{self.state.bad_steps} steps had a loss or gradient norm that is not finite (trainer.max_bad_steps="
+                f"{self.config.trainer.max_bad_steps}); their samples are in {self.folder.path}/events.jsonl"
             )
 
-    def _finish(self) -> None:
-        evaluate_stage(self.model, self.config, self.layout, self.folder.path, self.state.step)
-        self._call("on_end")
+    def _requeue(self) -> ExitCode:
+        log.warning("%s: saved at step %d, run again to continue", self.folder.path, self.state.step)
+        return ExitCode.REQUEUE
 
-    def _callbacks(self) -> list[Callback]:
+    def _finish(self, stop: StopRequest) -> ExitCode:
+        evaluated = evaluate_stage(
+            self.model, self.config, self.layout, self.folder.path, self.state.step, interrupted=stop.agreed
+        )
+        if evaluated is None:
+            return self._requeue()
+        self._call("on_end")
+        # Asked to stop too late to matter for this stage, but not for what would come after it.
+        return ExitCode.REQUEUE if stop.agreed() else ExitCode.OK
+
+    def _add_callbacks(self) -> None:
         options = self.config.logging
         label = f"{self.config.run.name}/{self.config.run.stage}"
-        callbacks: list[Callback] = [
-            MetricsFile(self.folder.path),
-            ProgressLine(label, every_steps=options.every_steps, bar=options.progress),
-        ]
+        self.callbacks.append(MetricsFile(self.folder.path))
+        self.callbacks.append(ProgressLine(label, every_steps=options.every_steps, bar=options.progress))
         if options.tensorboard:
-            callbacks.append(trackers.tensorboard(self.folder.path))
+            self.callbacks.append(trackers.tensorboard(self.folder.path))
         if options.wandb:
-            callbacks.append(trackers.wandb(self.folder.path, name=label, config=to_plain(self.config)))
-        return callbacks
+            self.callbacks.append(trackers.wandb(self.folder.path, name=label, config=redact(to_plain(self.config))))
 
     def _call(self, hook: str, *args: object) -> None:
         for callback in self.callbacks:
             getattr(callback, hook)(self, *args)
-
-
-def resolve_checkpoint(path: Path) -> Path:
-    """A checkpoint folder from itself, a `checkpoints` folder, or a stage folder.
-
-    Raises:
-        CheckpointError: Nothing loadable is there.
-    """
-    if (path / "integrity.json").is_file():
-        return path
-    for root in (path / "checkpoints", path):
-        found = sealed.latest(root)
-        if found is not None:
-            return found
-    raise CheckpointError(f"{path}: no complete checkpoint here (trainer.init_from takes a stage or checkpoint folder)")

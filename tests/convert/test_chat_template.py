@@ -1,14 +1,17 @@
 """The exported chat template against written-out prompts, and against what training renders."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from data_pipelines.template import encode_prompt
+from data_pipelines.media.rules import MediaLayout
+from data_pipelines.template import encode_prompt, encode_record
 from nemovl_train.convert.hf_config import CHAT_TEMPLATE
 
 HEAD = "<s><SPECIAL_10>System\n"
@@ -47,7 +50,7 @@ def test_system_and_history() -> None:
         {"role": "assistant", "content": "2"},
         {"role": "user", "content": "2+2?"},
     ]
-    turns = "<SPECIAL_11>User\n1+1?\n<SPECIAL_11>Assistant\n2\n<SPECIAL_12>\n<SPECIAL_11>User\n2+2?\n"
+    turns = "<SPECIAL_11>User\n1+1?\n<SPECIAL_11>Assistant\n<think></think>2\n<SPECIAL_12>\n<SPECIAL_11>User\n2+2?\n"
     assert render(messages) == f"{HEAD}Be brief.\n{turns}{OFF}"
     assert render(messages, generate=False) == f"{HEAD}Be brief.\n{turns}"
 
@@ -116,9 +119,9 @@ def test_tools_calls_and_results() -> None:
     assert '<AVAILABLE_TOOLS>[{"name": "add", "parameters": {"type": "object"}}]</AVAILABLE_TOOLS>' in rendered
     one = '{"name": "add", "arguments": {"a": 1}}'
     tail = (
-        f"<SPECIAL_11>Assistant\n<TOOLCALL>[{one}, {one}]</TOOLCALL>\n<SPECIAL_12>\n"
+        f"{OFF}<TOOLCALL>[{one}, {one}]</TOOLCALL>\n<SPECIAL_12>\n"
         '<SPECIAL_11>User\n<TOOL_RESPONSE>[2, {"sum": 2}]</TOOL_RESPONSE>\n'
-        "<SPECIAL_11>Assistant\n2\n<SPECIAL_12>\n"
+        f"{OFF}2\n<SPECIAL_12>\n"
     )
     assert rendered.endswith(f"<SPECIAL_11>User\n1+1?\n{tail}")
 
@@ -150,8 +153,6 @@ class Characters:
 @pytest.mark.parametrize("question", ["What is it?", "Think. /think", "No. /think /no_think", "a</think>b"])
 @pytest.mark.parametrize("system", [None, "", "Be brief."])
 def test_prompt_equals_the_one_of_training(images: int, question: str, system: str | None) -> None:
-    from data_pipelines.media.rules import MediaLayout
-
     messages = [user(question, images=images)]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
@@ -161,6 +162,45 @@ def test_prompt_equals_the_one_of_training(images: int, question: str, system: s
     ids = encode_prompt(record, layouts, tokenizer, tokens_per_tile=1).input_ids.tolist()  # type: ignore[arg-type]
     # After templating the processor replaces every <image> by <img>, one <image> per visual token, and </img>.
     assert tokenizer.decode(ids) == render(messages).replace("<image>", "<img><image></img>")
+
+
+@pytest.mark.parametrize(
+    ("questions", "answers"),
+    [
+        (("a", "b", "c"), ("1", "2")),
+        (("a /think", "b", "c"), ("<think>\nwhy\n</think>1", "2")),
+        (("a /think", "b /no_think", "c"), ("<think>\nwhy\n</think>1", "2")),
+        (("a", "b /think", "c"), ("1", "<think>\nwhy\n</think>2")),
+        (("a", "b", "c"), ("<think></think>1", "<think>why</think>2")),
+        (("a </think> /think", "b", "c /no_think"), ("1", "")),
+    ],
+)
+def test_earlier_turns_are_rendered_as_in_training(questions: tuple[str, ...], answers: tuple[str, ...]) -> None:
+    messages = [user(questions[0], images=1)]
+    for answer, question in zip(answers, questions[1:], strict=True):
+        messages += [{"role": "assistant", "content": answer}, user(question)]
+    tokenizer = Characters()
+
+    def shown(ids: np.ndarray) -> str:
+        return tokenizer.decode(ids.tolist()).replace("<img><image></img>", "<image>")
+
+    layouts = [MediaLayout(kind="image", grid=(1, 1), thumbnail=False)]
+    prompt = encode_prompt({"id": "r", "messages": messages}, layouts, tokenizer, tokens_per_tile=1)  # type: ignore[arg-type]
+    assert shown(prompt.input_ids) == render(messages)
+    finished = [*messages, {"role": "assistant", "content": "end"}]
+    trained = encode_record({"id": "r", "messages": finished}, layouts, tokenizer, tokens_per_tile=1)  # type: ignore[arg-type]
+    assert shown(trained.input_ids) == render(finished, generate=False)
+
+
+def test_the_prompt_of_every_turn_begins_with_the_one_before() -> None:
+    messages = [user("a", images=1), user("b /think"), user("c"), user("d /no_think")]
+    answers = ["1", "<think>\nwhy\n</think>2", "<think>\nso\n</think>3"]
+    prompts, history = [], []
+    for question, answer in zip(messages, [*answers, ""], strict=True):
+        history.append(question)
+        prompts.append(render(history))
+        history.append({"role": "assistant", "content": answer})
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(prompts))
 
 
 def test_transformers_renders_the_exported_folder(folders: dict[str, Path]) -> None:

@@ -78,6 +78,13 @@ def test_reasoning_switches(tokenizer, system, user, answer, body, answer_shown)
     )
 
 
+def test_a_switch_holds_for_the_answers_behind_it(tokenizer):
+    turns = ("a", "1", "b /think", "<think>\nwhy\n</think>2", "c", "3", "d /no_think", "4")
+    sample = encode_record(talk(*turns), [], tokenizer, tokens_per_tile=TPT)
+    answers = [part.split("\n<SPECIAL_12>")[0] for part in show(sample, tokenizer).split("<SPECIAL_11>Assistant\n")[1:]]
+    assert answers == ["<think></think>1", "<think>\nwhy\n</think>2", "3", "<think></think>4"]
+
+
 def content(record, tokenizer, layouts):
     sample = encode_record(record, layouts, tokenizer, tokens_per_tile=TPT)
     shown = show(sample, tokenizer)

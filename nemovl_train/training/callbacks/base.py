@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """Hooks that the trainer calls on every rank, in this order. The default does nothing."""
+    """Hooks that the trainer calls on rank 0, in this order. The default does nothing."""
 
     def on_start(self, trainer: Trainer) -> None:
         """The run is built and restored; no step has been taken."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from nemovl_train.checkpoint.files import explain_disk_errors, replace_text
 from nemovl_train.training.callbacks.base import Callback
 
 if TYPE_CHECKING:
@@ -24,17 +26,14 @@ def truncate_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
+            if json.loads(line)["step"] > step:
+                break
+        except (ValueError, KeyError, TypeError):
             break
-        if row["step"] > step:
-            break
-        kept.append(line)
-    replacement = path.with_suffix(".tmp")
-    replacement.write_text("".join(f"{line}\n" for line in kept))
-    replacement.replace(path)
+        kept.append(f"{line}\n")
+    replace_text(path, "".join(kept))
 
 
 class MetricsFile(Callback):
@@ -49,18 +48,21 @@ class MetricsFile(Callback):
         self.metrics: IO[str] | None = None
 
     def on_start(self, trainer: Trainer) -> None:
+        """Open the files, without the rows of steps that will be taken again."""
         path = self.folder / "metrics.jsonl"
         truncate_after(path, trainer.state.step)
-        self.metrics = path.open("a", buffering=1)
+        with explain_disk_errors(self.folder):
+            self.metrics = path.open("a", buffering=1)
         self._event(trainer, "start", parent=trainer.state.parent, resumed_from_step=trainer.state.step)
 
     def on_step(self, trainer: Trainer, result: StepResult, *, lr: float, data_seconds: float) -> None:
+        """Write the step's row, and an event when the step changed nothing."""
         state = trainer.state
         elapsed = result.seconds + data_seconds
         row = {
             "step": state.step,
-            "loss": result.loss,
-            "grad_norm": result.grad_norm,
+            "loss": _finite(result.loss),
+            "grad_norm": _finite(result.grad_norm),
             "lr": lr,
             "applied": result.applied,
             "tokens": result.tokens,
@@ -76,21 +78,31 @@ class MetricsFile(Callback):
             "packs_consumed": state.packs_consumed,
         }
         assert self.metrics is not None
-        self.metrics.write(json.dumps(row) + "\n")
+        with explain_disk_errors(self.folder):
+            self.metrics.write(json.dumps(row) + "\n")
         if not result.applied:
-            self._event(trainer, "skipped_step", loss=result.loss, grad_norm=result.grad_norm, samples=trainer.last_keys)
+            found = {"loss": str(result.loss), "grad_norm": str(result.grad_norm)}
+            self._event(trainer, "skipped_step", **found, samples=trainer.step_keys)
 
     def on_checkpoint(self, trainer: Trainer, folder: Path) -> None:
+        """Note the checkpoint."""
         self._event(trainer, "checkpoint", folder=folder.name)
 
     def on_end(self, trainer: Trainer) -> None:
+        """Note that nothing is left to do."""
         self._event(trainer, "end")
 
     def close(self) -> None:
+        """Close the file."""
         if self.metrics is not None:
             self.metrics.close()
 
     def _event(self, trainer: Trainer, kind: str, **fields: Any) -> None:
         row = {"time": time.time(), "event": kind, "step": trainer.state.step, **fields}
-        with (self.folder / "events.jsonl").open("a") as file:
+        with explain_disk_errors(self.folder), (self.folder / "events.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has neither NaN nor infinity; the event of a skipped step says which it was."""
+    return value if value is not None and math.isfinite(value) else None

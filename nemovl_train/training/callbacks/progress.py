@@ -34,6 +34,7 @@ class ProgressLine(Callback):
         self.bar = _bar(console) if bar and console.is_terminal else None
 
     def on_start(self, trainer: Trainer) -> None:
+        """Start the clock and draw the bar."""
         self.total = trainer.config.trainer.steps
         self.began, self.first_step = time.perf_counter(), trainer.state.step
         if self.bar is not None:
@@ -41,9 +42,11 @@ class ProgressLine(Callback):
             self.task = self.bar.add_task(self.label, total=self.total, completed=trainer.state.step, numbers="")
 
     def on_step(self, trainer: Trainer, result: StepResult, *, lr: float, data_seconds: float) -> None:
+        """Update the bar, or print a line now and then."""
         step = trainer.state.step
         rate = result.tokens / (result.seconds + data_seconds)
-        numbers = f"loss {result.loss:6.3f}  lr {lr:.1e}  {rate:7,.0f} tok/s  fill {result.tokens / result.capacity:4.0%}"
+        fill = result.tokens / result.capacity
+        numbers = f"loss {result.loss:6.3f}  lr {lr:.1e}  {rate:7,.0f} tok/s  fill {fill:4.0%}"
         if self.bar is not None:
             self.bar.update(self.task, completed=step, numbers=numbers)
         elif step % self.every_steps == 0 or step == self.total:
@@ -52,10 +55,12 @@ class ProgressLine(Callback):
             log.info("%s  step %4d/%d  %s  %4.0f s left", self.label, step, self.total, numbers, left)
 
     def close(self) -> None:
+        """Give the terminal back."""
         if self.bar is not None:
             self.bar.stop()
 
 
 def _bar(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}"))
+    numbers = TextColumn("{task.fields[numbers]}")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), numbers)
     return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)

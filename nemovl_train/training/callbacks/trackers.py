@@ -31,6 +31,7 @@ class Tracker(Callback):
         self.alive = True
 
     def on_step(self, trainer: Trainer, result: StepResult, *, lr: float, data_seconds: float) -> None:
+        """Send the step's numbers."""
         numbers = {
             "loss": result.loss,
             "lr": lr,
@@ -42,6 +43,7 @@ class Tracker(Callback):
         self._guarded(lambda: self.send(numbers, trainer.state.step))
 
     def close(self) -> None:
+        """Flush and close."""
         self._guarded(self.finish)
 
     def _guarded(self, action: Callable[[], None]) -> None:
@@ -49,7 +51,8 @@ class Tracker(Callback):
             return
         try:
             action()
-        except Exception as error:  # noqa: BLE001 - whatever a tracker does, training continues
+        except Exception as error:
+            # Whatever a tracker does, training continues.
             self.alive = False
             log.warning("%s stopped working and is left out from here on: %s", self.name, error)
 
@@ -59,7 +62,7 @@ def tensorboard(folder: Path) -> Tracker:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ConfigError(["logging.tensorboard=true needs TensorBoard; type: pip install 'nemovl[tensorboard]'"]) from error
+        raise ConfigError(["logging.tensorboard=true needs it; type: pip install 'nemovl[tensorboard]'"]) from error
     writer = SummaryWriter(str(folder / "tensorboard"))
 
     def send(numbers: dict[str, float], step: int) -> None:
@@ -79,5 +82,6 @@ def wandb(folder: Path, *, name: str, config: dict[str, Any]) -> Tracker:
         raise ConfigError(["logging.wandb=true needs wandb; type: pip install 'nemovl[wandb]'"]) from error
     mode = os.environ.get("WANDB_MODE", "offline")
     # The id is the run's name, so that a restart continues the same curve.
-    run = library.init(project="nemovl", name=name, id=name.replace("/", "-"), resume="allow", dir=folder, mode=mode, config=config)
+    identity = name.replace("/", "-")
+    run = library.init(project="nemovl", name=name, id=identity, resume="allow", dir=folder, mode=mode, config=config)
     return Tracker("wandb", lambda numbers, step: run.log(numbers, step=step), run.finish)

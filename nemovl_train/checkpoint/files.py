@@ -1,0 +1,90 @@
+"""Small file work shared by all that writes into a run folder: whole or not at all, and errors that say what to do."""
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from nemovl_train.exceptions import CheckpointError
+
+_HASH_BLOCK = 1 << 22
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+@contextmanager
+def explain_disk_errors(folder: Path) -> Iterator[None]:
+    """Turn a full disk and a folder without write permission into errors that say what to type next.
+
+    Args:
+        folder: Folder that is written, for the message.
+
+    Raises:
+        CheckpointError: Instead of such an OSError; others pass.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise CheckpointError(f"{no_space(folder)} ({error.strerror})") from error
+        if error.errno in _FORBIDDEN:
+            raise CheckpointError(f"{folder} is not writable ({error.strerror}): choose another run.root") from error
+        raise
+
+
+def no_space(folder: Path) -> str:
+    """Sentence for a disk that took no more."""
+    free = shutil.disk_usage(_existing(folder)).free
+    return (
+        f"no space left in {folder} ({free / 2**30:.2f} GiB free): earlier checkpoints are intact; free space and run "
+        "the same command again"
+    )
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a small file so that a reader sees the old or the new one, never half.
+
+    Raises:
+        CheckpointError: The disk is full, or the folder cannot be written.
+    """
+    work = path.with_name(f".{path.name}.tmp")
+    with explain_disk_errors(path.parent):
+        try:
+            work.write_text(text, encoding="utf-8")
+            fsync(work)
+            os.replace(work, path)
+        except OSError:
+            work.unlink(missing_ok=True)
+            raise
+
+
+def fsync(path: Path) -> None:
+    """Push a file's bytes, or a folder's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file's content, hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_HASH_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Every file of a folder and its subfolders, sorted."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _existing(path: Path) -> Path:
+    while not path.exists():
+        path = path.parent
+    return path
