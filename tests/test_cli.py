@@ -57,6 +57,7 @@ def test_help_and_config_errors_import_no_torch():
         "import sys\n"
         "from nemovl_train.cli import main\n"
         "for argv in (['--help'], ['data', '--help'], ['convert', '--help'], ['launch', '--help'], ['recipes', 'list'],"
+        " ['generate', '--help'],"
         " ['train', 'recipe=tiny/stage1_sft_16k', 'optm.lr=1'], ['schedule', 'recipe=tiny/schedule', 'stages=[]'],"
         " ['launch', 'torchrun', 'recipe=tiny/stage1_sft_16k', '--nproc', '2', '--dry-run']):\n"
         "    try:\n"
@@ -85,7 +86,8 @@ def test_train_and_schedule_hand_over_a_checked_config(capsys, monkeypatch):
     assert run(capsys, "schedule", "recipe=tiny/schedule", "run.name=mine")[0] == ExitCode.REQUEUE
     assert seen[0].optim.lr == 0.5
     assert seen[1].run.name == "mine"
-    assert not os.listdir(".")
+    # What a run ran on is noted before it starts; everything else is the trainer's.
+    assert [path.as_posix() for path in Path().rglob("*.*")] == ["runs/tiny/environment.json"]
     sweep = ["train", "-m", STAGE, "optim.lr=0.5,0.25", "run.stage=lr_${optim.lr}"]
     assert run(capsys, *sweep)[0] == ExitCode.REQUEUE
     assert [(c.optim.lr, c.run.stage) for c in seen[2:]] == [(0.5, "lr_0.5"), (0.25, "lr_0.25")]

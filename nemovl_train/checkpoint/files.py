@@ -17,7 +17,7 @@ _FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 @contextmanager
 def explain_disk_errors(folder: Path) -> Iterator[None]:
-    """Turn a full disk and a folder without write permission into errors that say what to type next.
+    """Turn a full disk, a folder without write permission and a file in its place into errors that say what to do.
 
     Args:
         folder: Folder that is written, for the message.
@@ -32,6 +32,8 @@ def explain_disk_errors(folder: Path) -> Iterator[None]:
             raise CheckpointError(f"{no_space(folder)} ({error.strerror})") from error
         if error.errno in _FORBIDDEN:
             raise CheckpointError(f"{folder} is not writable ({error.strerror}): choose another run.root") from error
+        if isinstance(error, FileExistsError | NotADirectoryError):
+            raise CheckpointError(f"{error.filename} is a file, not a folder: choose another run.root") from error
         raise
 
 

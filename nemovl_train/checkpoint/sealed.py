@@ -47,6 +47,10 @@ _WORK, _TRASH = ".writing_", ".discarded_"
 _PROBE_BYTES = 1 << 20
 
 
+class DamagedError(CheckpointError):
+    """A checkpoint that is incomplete, or not as it was sealed."""
+
+
 class ShardedModel(Protocol):
     """What saving and loading need of a model."""
 
@@ -136,7 +140,8 @@ def load(
         Contents of `state.json`.
 
     Raises:
-        CheckpointError: The seal is broken, or the tensors are not those of this model.
+        DamagedError: The seal is broken.
+        CheckpointError: The tensors are not those of this model.
     """
     on_first_rank(lambda: verify(folder))
     sharded = {"model": model.sharded_state_dict(metadata=metadata)}
@@ -144,8 +149,8 @@ def load(
         sharded["optimizer"] = optimizer.sharded_state_dict(sharded["model"], is_loading=True)
     try:
         loaded = dist_checkpointing.load(sharded, str(folder / "sharded"))
-    except CheckpointingException as error:
-        raise CheckpointError(f"{folder} does not fit this model: {error}") from error
+    except (CheckpointingException, CheckpointException) as error:
+        raise CheckpointError(f"{folder} does not fit this model: {_last_line(error)}") from error
     model.load_state_dict(loaded["model"], strict=True)
     if optimizer is not None:
         optimizer.load_state_dict(loaded["optimizer"])
@@ -159,32 +164,32 @@ def verify(folder: Path) -> dict[str, Any]:
         Contents of `integrity.json`.
 
     Raises:
-        CheckpointError: Names the first file that is missing, foreign or changed.
+        DamagedError: Names the first file that is missing, foreign or changed.
     """
     marker, manifest = folder / "COMPLETE", folder / "integrity.json"
     if not marker.is_file() or not manifest.is_file():
-        raise CheckpointError(f"{folder}: not a complete checkpoint ({marker.name} or {manifest.name} is missing)")
+        raise DamagedError(f"{folder}: not a complete checkpoint ({marker.name} or {manifest.name} is missing)")
     try:
         return _verify_sealed(folder, marker, manifest)
     except OSError as error:
-        raise CheckpointError(f"{error.filename or folder}: cannot be read ({error.strerror})") from error
+        raise DamagedError(f"{error.filename or folder}: cannot be read ({error.strerror})") from error
 
 
 def _verify_sealed(folder: Path, marker: Path, manifest: Path) -> dict[str, Any]:
     if marker.read_bytes().strip() != sha256(manifest).encode():
-        raise CheckpointError(f"{manifest}: does not match its seal in {marker.name}")
+        raise DamagedError(f"{manifest}: does not match its seal in {marker.name}")
     integrity = json.loads(manifest.read_text(encoding="utf-8"))
     if integrity.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
+        raise DamagedError(
             f"{manifest}: checkpoint format {integrity.get('format_version')}, this version reads {FORMAT_VERSION}"
         )
     found = {str(path.relative_to(folder)) for path in files_below(folder)} - {marker.name, manifest.name}
     if found != set(integrity["files"]):
-        raise CheckpointError(f"{folder}: missing or foreign files {sorted(found ^ set(integrity['files']))}")
+        raise DamagedError(f"{folder}: missing or foreign files {sorted(found ^ set(integrity['files']))}")
     for name, entry in integrity["files"].items():
         path = folder / name
         if path.stat().st_size != entry["bytes"] or sha256(path) != entry["sha256"]:
-            raise CheckpointError(f"{path}: content changed since it was saved (SHA-256 differs)")
+            raise DamagedError(f"{path}: content changed since it was saved (SHA-256 differs)")
     return integrity
 
 
@@ -203,7 +208,7 @@ def latest(root: Path, *, run_id: str | None = None) -> Path | None:
     for folder in reversed(published(root)):
         try:
             integrity = verify(folder)
-        except CheckpointError as error:
+        except DamagedError as error:
             log.warning("checkpoint rejected: %s", error)
             continue
         if run_id is not None and integrity["run_id"] != run_id:
@@ -288,8 +293,13 @@ def _explain_writer_errors(work: Path) -> Iterator[None]:
             raise CheckpointError(f"{no_space(work.parent)} ({refused.strerror})") from error
         raise CheckpointError(
             f"the checkpoint {work} could not be written, though the disk takes files: earlier checkpoints are intact; "
-            f"the writer said: {str(error).strip().splitlines()[-1]}"
+            f"the writer said: {_last_line(error)}"
         ) from error
+
+
+def _last_line(error: BaseException) -> str:
+    """The message proper: what other ranks raised comes with their tracebacks."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 def _write(path: Path, text: str) -> None:

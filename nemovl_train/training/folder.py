@@ -103,9 +103,6 @@ def _refuse_other_run(path: Path, config: RunConfig) -> None:
 def _make(path: Path) -> None:
     probe = path / ".write_probe"
     with explain_disk_errors(path):
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            probe.touch()
-            probe.unlink()
-        except (FileExistsError, NotADirectoryError) as error:
-            raise CheckpointError(f"{error.filename} is a file, not a folder: choose another run.root=DIR") from error
+        path.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from pathlib import Path
@@ -47,6 +48,9 @@ def run(config: RunConfig) -> ExitCode:
     """
     if config.trainer.threads:
         torch.set_num_threads(config.trainer.threads)
+    # Frees the stage before this one. What the imports left is then set aside: megatron-core collects at every save.
+    gc.collect()
+    gc.freeze()
     layout = Layout.create(config.parallel, config.model.language)
     try:
         folder = StageFolder.of(config)
@@ -141,7 +145,12 @@ class Trainer:
         if source is None:
             return
         folder = on_first_rank(lambda: resolve_checkpoint(Path(source)))
-        sealed.load(folder, model=self.model)
+        try:
+            sealed.load(folder, model=self.model)
+        except sealed.DamagedError as error:
+            raise CheckpointError(
+                f"{error}; remove {folder} and start what made it again: it continues from the checkpoint before"
+            ) from error
         self.state.parent = str(folder)
 
     def _restore(self, folder: Path) -> None:

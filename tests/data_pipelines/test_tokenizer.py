@@ -35,3 +35,6 @@ def test_missing_broken_or_incomplete_files_are_refused(tokenizer_folder, tmp_pa
     (tmp_path / "tokenizer.json").write_text(text.replace("<img>", "<pic>"))
     with pytest.raises(DataError, match="lacks the special tokens <img>"):
         TextTokenizer(tmp_path)
+    # A text-only model's tokenizer has no tags; its ids for words are the same.
+    text_only = TextTokenizer(tmp_path, media=False)
+    assert text_only.encode_text("what <img>?") == TextTokenizer(tokenizer_folder).encode_text("what <img>?")

@@ -1,4 +1,7 @@
-"""Packs of random tokens and tiles for any model size, and the measure of a difference."""
+"""Packs of random tokens and tiles for any model size, the measure of a difference, and quick Triton kernels."""
+
+import importlib
+import pkgutil
 
 import numpy as np
 import torch
@@ -78,3 +81,26 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Norm of the difference over the norm of the expectation, in float64."""
     found, expected = found.detach().double(), expected.detach().double().to(found.device)
     return float((found - expected).norm() / expected.norm().clamp_min(1e-30))
+
+
+def one_configuration_per_kernel() -> None:
+    """Leave Mamba's Triton kernels one of their about 200 configurations; results do not depend on the choice.
+
+    The one with the smallest tiles and fewest stages fits every dtype's shared memory, and trying no other one saves
+    minutes.
+    """
+    import mamba_ssm.ops.triton as kernels
+    from triton.runtime.autotuner import Autotuner
+
+    for info in pkgutil.iter_modules(kernels.__path__):
+        module = importlib.import_module(f"{kernels.__name__}.{info.name}")
+        for kernel in vars(module).values():
+            if isinstance(kernel, Autotuner):
+                kernel.configs = [min(kernel.configs, key=_size)]
+
+
+def _size(config) -> tuple[int, int]:
+    tile = 1
+    for name, value in config.kwargs.items():
+        tile *= value if name.startswith("BLOCK") else 1
+    return tile * max(config.num_stages, 1), config.num_warps

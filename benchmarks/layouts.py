@@ -1,0 +1,152 @@
+"""Train the same packs in several parallel layouts and compare losses and gradient norms step by step.
+
+    python benchmarks/layouts.py --processes 4 --out results.json          # GPUs, bf16, 12B widths, one layer of a kind
+    python benchmarks/layouts.py --processes 2 --small --out results.json  # CPU, fp32, laptop widths
+
+Starts torchrun once per layout. Every layout sees the same global batch (8 packs a step, images in some documents) and
+the same initial weights, which are keyed by parameter name and sliced, so that only the order of sums differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+PACKS_PER_STEP = 8
+LEARNING_RATE = 1e-4
+
+
+def main() -> None:
+    """Parent: run every layout and compare. Child (under torchrun): train one layout."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--small", action="store_true", help="laptop widths, fp32")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--layout", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.layout:
+        train_one(args)
+    else:
+        compare(args)
+
+
+def layouts(processes: int) -> list[str]:
+    """Layouts to run, the reference first: `tp4sp` is tensor parallel 4 with sequence parallelism, the rest is data."""
+    names = ["tp1"]
+    size = 2
+    while size <= processes:
+        names += [f"tp{size}", f"tp{size}sp"]
+        size *= 2
+    return names
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Run the layouts one after the other and write the table."""
+    rows = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in layouts(args.processes):
+            out = Path(folder) / f"{name}.json"
+            own = [__file__, "--layout", name, "--steps", str(args.steps), "--out", str(out)]
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+            command += ["--nproc-per-node", str(args.processes), *own, *(["--small"] if args.small else [])]
+            subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            rows[name] = json.loads(out.read_text())
+    reference = rows["tp1"]
+    for row in rows.values():
+        for key in ("loss", "grad_norm"):
+            pairs = zip(row[key], reference[key], strict=True)
+            row[f"{key}_difference"] = max(abs(a - b) / abs(b) for a, b in pairs)
+    result = {
+        "case": "layouts",
+        "date": time.strftime("%Y-%m-%d"),
+        "command": " ".join(["python", *sys.argv]),
+        "versions": {name: _version(name) for name in ("torch", "megatron-core", "transformer-engine", "mamba-ssm")},
+        "layouts": rows,
+    }
+    args.out.write_text(json.dumps(result, indent=1))
+    for name, row in rows.items():
+        print(
+            f"{name:<8} loss {row['loss'][0]:.5f} -> {row['loss'][-1]:.5f}   largest relative difference: "
+            f"loss {row['loss_difference']:.1e}  gradient norm {row['grad_norm_difference']:.1e}   "
+            f"{row['peak_gib']:.1f} GiB  {row['median_step_seconds'] * 1e3:.0f} ms"
+        )
+
+
+def train_one(args: argparse.Namespace) -> None:
+    """Train one layout on this process's ranks; rank 0 writes losses, gradient norms, memory and step time."""
+    import torch
+
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "gpu"))
+    from gpu_packs import one_configuration_per_kernel, random_pack
+
+    from nemovl_train.config.schema import OptimConfig, ParallelConfig
+    from nemovl_train.model.vlm import build_model
+    from nemovl_train.parallel.layout import Layout
+    from nemovl_train.training.optimizer import Optimizers
+    from nemovl_train.training.step import train_step
+
+    sequence_parallel = args.layout.endswith("sp")
+    tp = int(args.layout.removeprefix("tp").removesuffix("sp"))
+    config, shapes = model_and_shapes(small=args.small)
+    layout = Layout.create(ParallelConfig(tp=tp, sequence_parallel=sequence_parallel), config.language)
+    if layout.device.type == "cuda":
+        one_configuration_per_kernel()
+    dtype = torch.float32 if args.small else torch.bfloat16
+    model = build_model(config, layout, params_dtype=dtype)
+    model.freeze(train=config.parts)
+    optim = OptimConfig(lr=LEARNING_RATE, weight_decay=0.01)
+    optimizers = Optimizers(model, layout, optim, dtype)
+    model.config.no_sync_func = optimizers.no_sync
+    model.config.finalize_model_grads_func = optimizers.reduce_gradients
+    packs = [random_pack(config, seed=seed, **shapes) for seed in range(PACKS_PER_STEP)][layout.dp_rank :: layout.dp]
+    row: dict = {"loss": [], "grad_norm": [], "seconds": []}
+    for _ in range(args.steps):
+        result = train_step(model, optimizers, packs, layout, lr=optim.lr, divisor="global")
+        row["loss"].append(result.loss)
+        row["grad_norm"].append(result.grad_norm)
+        row["seconds"].append(result.seconds)
+    row["median_step_seconds"] = sorted(row.pop("seconds"))[args.steps // 2]
+    cuda = layout.device.type == "cuda"
+    row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
+    row["device"] = torch.cuda.get_device_name() if cuda else "CPU"
+    row["dtype"], row["tp"], row["dp"], row["sequence_parallel"] = str(dtype), tp, layout.dp, sequence_parallel
+    if layout.rank == 0:
+        args.out.write_text(json.dumps(row))
+    layout.destroy()
+
+
+def model_and_shapes(*, small: bool):
+    """A VLM with one layer of each kind and two tower blocks, and the documents of its packs."""
+    from nemovl_train.config.schema import LanguageConfig, ModelConfig, VisionConfig
+
+    if small:
+        from nemovl_train.config.compose import compose_run
+
+        return compose_run("tiny/stage1_sft_16k").model, {
+            "lengths": (70, 33, 130),
+            "tiles": (2, 0, 4),
+            "seq_length": 256,
+        }
+    config = ModelConfig(language=LanguageConfig(hybrid_pattern="M-M*-"), vision=VisionConfig(num_layers=2))
+    config = replace(config, name="one_layer_of_each_kind")
+    return config, {"lengths": (700, 33, 1300), "tiles": (2, 0, 4), "seq_length": 2048}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+if __name__ == "__main__":
+    main()

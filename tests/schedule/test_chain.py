@@ -1,0 +1,281 @@
+"""Two stages, one after the other: ledger, parents, interruptions, refusals, publication."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from small_schedule import compose, write_recipes
+
+from nemovl_train.checkpoint import sealed
+from nemovl_train.convert import checkpoints as convert_checkpoints
+from nemovl_train.convert import verify as convert_verify
+from nemovl_train.convert.checkpoints import checkpoint_tensors
+from nemovl_train.exceptions import CheckpointError, ConfigError
+from nemovl_train.exit_codes import ExitCode
+from nemovl_train.report import html
+from nemovl_train.schedule import chain
+from nemovl_train.training.trainer import Trainer
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def recipe(data, parts, tmp_path):
+    return write_recipes(tmp_path / "recipes", data, parts)
+
+
+@pytest.fixture(scope="module")
+def finished(data, parts, tmp_path_factory):
+    """A chain that ran through."""
+    root = tmp_path_factory.mktemp("finished")
+    recipe = write_recipes(root / "recipes", data, parts)
+    assert chain.run(compose(recipe, root / "runs")) == ExitCode.OK
+    return recipe, root / "runs" / "chain"
+
+
+def ledger(run):
+    return json.loads((run / "schedule.json").read_text())["stages"]
+
+
+def tensors(checkpoint):
+    _, found = checkpoint_tensors(checkpoint)
+    return {name: tensor.clone() for name, tensor in found}
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+def stamps(run):
+    return {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+
+
+def test_the_ledger_and_the_parents(finished):
+    recipe, run = finished
+    folder = recipe.parent
+    assert ledger(run) == [
+        {
+            "name": "first",
+            "recipe": str(folder / "first.yaml"),
+            "state": "done",
+            "parent": "parts/joined/checkpoints/step_00000000",
+            "checkpoint": "first/checkpoints/step_00000004",
+        },
+        {
+            "name": "second",
+            "recipe": str(folder / "second.yaml"),
+            "state": "done",
+            "parent": "first/checkpoints/step_00000004",
+            "checkpoint": "second/checkpoints/step_00000004",
+        },
+    ]
+    states = [json.loads((run / stage["checkpoint"] / "state.json").read_text()) for stage in ledger(run)]
+    assert [state["parent"] for state in states] == [str(run / stage["parent"]) for stage in ledger(run)]
+    assert [state["step"] for state in states] == [4, 4]
+    assert json.loads((run / "environment.json").read_text())["python"]
+
+
+def test_each_stage_starts_from_the_weights_of_the_one_before(finished):
+    _, run = finished
+    joined = tensors(run / "parts" / "joined")
+    first, second = (tensors(run / stage["checkpoint"]) for stage in ledger(run))
+    changed = {name for name in joined if not torch.equal(joined[name], first[name])}
+    assert changed == {name for name in joined if name.startswith("projector.")}
+    # The second stage has no images: its tower and projector only decay, its language model learns.
+    moved = {name for name in joined if not torch.equal(first[name], second[name])}
+    assert {name for name in first if name.startswith("language_model.")} <= moved
+
+
+def test_a_second_run_does_nothing(finished, monkeypatch):
+    recipe, run = finished
+    before = stamps(run)
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("nothing is left to train")
+
+    monkeypatch.setattr(Trainer, "__init__", refuse)
+    assert chain.run(compose(recipe, run.parent)) == ExitCode.OK
+    changed = {path.name for path, stamp in stamps(run).items() if before.get(path) != stamp}
+    assert changed <= {"config.yaml"}
+
+
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+def test_interrupted_in_the_second_stage_it_ends_the_same(finished, recipe, tmp_path, monkeypatch, how):
+    account = Trainer._account
+
+    def interrupted(self, *args):
+        account(self, *args)
+        if self.config.run.stage == "second" and self.state.step == 3:
+            if how == "killed":
+                raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "_account", interrupted)
+    config, run = compose(recipe, tmp_path / "runs"), tmp_path / "runs" / "chain"
+    if how == "killed":
+        with pytest.raises(KeyboardInterrupt):
+            chain.run(config)
+    else:
+        assert chain.run(config) == ExitCode.REQUEUE
+    assert [stage["state"] for stage in ledger(run)] == ["done", "running"]
+    first = stamps(run / "first" / "checkpoints")
+    monkeypatch.undo()
+    assert chain.run(config) == ExitCode.OK
+    assert stamps(run / "first" / "checkpoints") == first
+    assert [stage["state"] for stage in ledger(run)] == ["done", "done"]
+    events = [json.loads(line) for line in (run / "second" / "events.jsonl").read_text().splitlines()]
+    starts = [event["resumed_from_step"] for event in events if event["event"] == "start"]
+    assert starts == [0, 2 if how == "killed" else 3]
+    assert_equal(*(tensors(r / "second" / "checkpoints" / "step_00000004") for r in (run, finished[1])))
+
+
+def test_a_signal_in_the_last_step_of_a_stage_stops_the_chain(recipe, tmp_path, monkeypatch):
+    account = Trainer._account
+
+    def interrupted(self, *args):
+        account(self, *args)
+        if self.state.step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "_account", interrupted)
+    assert chain.run(compose(recipe, tmp_path / "runs")) == ExitCode.REQUEUE
+    assert [stage["state"] for stage in ledger(tmp_path / "runs" / "chain")] == ["running", "pending"]
+
+
+def test_other_stages_in_the_run_folder_are_refused(finished, tmp_path):
+    recipe, run = finished
+    content = yaml.safe_load(recipe.read_text())
+    content["stages"] = content["stages"][:1]
+    other = tmp_path / "other.yaml"
+    other.write_text("# @package _global_\n" + yaml.safe_dump(content, sort_keys=False))
+    with pytest.raises(ConfigError, match=r"holds another schedule(.|\n)*choose another run.name"):
+        chain.run(compose(other, run.parent))
+
+
+def test_changed_options_of_a_finished_stage_are_refused(finished, data, parts):
+    recipe, run = finished
+    first = recipe.parent / "first.yaml"
+    text = first.read_text()
+    first.write_text(text.replace("lr: 0.003", "lr: 0.004"))
+    try:
+        with pytest.raises(ConfigError, match=r"optim.lr: 0.003 -> 0.004"):
+            chain.run(compose(recipe, run.parent))
+    finally:
+        first.write_text(text)
+
+
+def test_an_import_that_was_cut_off_is_made_again(finished, recipe, tmp_path, monkeypatch):
+    def cut_off(*args):
+        raise KeyboardInterrupt
+
+    seal = sealed._seal
+    monkeypatch.setattr(sealed, "_seal", cut_off)
+    config, run = compose(recipe, tmp_path / "runs"), tmp_path / "runs" / "chain"
+    with pytest.raises(KeyboardInterrupt):
+        chain.run(config)
+    assert list((run / "parts" / "joined" / "checkpoints").glob(".writing_*"))
+    monkeypatch.setattr(sealed, "_seal", seal)
+    assert chain.prepare_parts(config, run) == ExitCode.OK
+    assert not list((run / "parts" / "joined" / "checkpoints").glob(".writing_*"))
+    assert_equal(tensors(run / "parts" / "joined"), tensors(finished[1] / "parts" / "joined"))
+
+
+def test_a_missing_part_is_named(recipe, tmp_path):
+    content = yaml.safe_load(recipe.read_text())
+    content["parts"]["vision"] = str(tmp_path / "nowhere")
+    recipe.write_text("# @package _global_\n" + yaml.safe_dump(content, sort_keys=False))
+    with pytest.raises(ConfigError, match=r"parts\.vision=.*nowhere.*config\.json is missing"):
+        chain.run(compose(recipe, tmp_path / "runs"))
+
+
+def test_a_run_folder_that_cannot_be_made(recipe, tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "chain").write_text("in the way")
+    with pytest.raises(CheckpointError, match="is a file"):
+        chain.run(compose(recipe, tmp_path / "runs"))
+
+
+class Published:
+    """Stands in for export, verification and report, and counts them."""
+
+    def __init__(self, monkeypatch, *, ok):
+        self.calls, self.ok = [], ok
+        monkeypatch.setattr(convert_checkpoints, "export_checkpoint", self.export)
+        monkeypatch.setattr(convert_verify, "verify", self.verify)
+        monkeypatch.setattr(html, "write_report", self.report)
+
+    def export(self, source, out):
+        self.calls.append("export")
+        out.mkdir()
+
+    def verify(self, out, *, reference):
+        self.calls.append("verify")
+        card = {"ok": self.ok}
+        (out / "verification.json").write_text(json.dumps(card))
+        return card
+
+    def report(self, root):
+        self.calls.append("report")
+        return root / "report.html"
+
+
+def test_publication_is_done_once_and_a_failed_verification_is_a_failure(tmp_path, monkeypatch, caplog):
+    published = Published(monkeypatch, ok=False)
+    checkpoint = tmp_path / "second" / "checkpoints" / "step_00000004"
+    assert chain._publish(tmp_path, checkpoint) == ExitCode.FAILED
+    assert str(tmp_path / "hf" / "verification.md") in caplog.text
+    assert chain._publish(tmp_path, checkpoint) == ExitCode.FAILED
+    published.ok = True
+    (tmp_path / "hf" / "verification.json").write_text('{"ok": tr')  # cut off
+    assert chain._publish(tmp_path, checkpoint) == ExitCode.OK
+    assert chain._publish(tmp_path, checkpoint) == ExitCode.OK
+    verify_and_report = ["verify", "report"]
+    assert published.calls == ["export", *verify_and_report, *verify_and_report, *verify_and_report, "report"]
+
+
+DRIVER = """
+import sys
+from pathlib import Path
+sys.path[:0] = sys.argv[3:]
+from small_schedule import compose
+from nemovl_train.schedule import chain
+from nemovl_train.convert import checkpoints, verify
+verify.verify = lambda out, reference: {"ok": True}
+sys.exit(chain.run(compose(Path(sys.argv[1]), Path(sys.argv[2]))))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_write_everything_once(finished, data, parts, tmp_path):
+    """Under a launcher: parts and export come from one process, the stages from both; nothing hangs."""
+    recipe = write_recipes(tmp_path / "recipes", data, parts, export=True)
+    script = tmp_path / "driver.py"
+    script.write_text(DRIVER)
+    paths = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    done = subprocess.run(
+        [*command, str(recipe), str(tmp_path / "runs"), *paths],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    run = tmp_path / "runs" / "chain"
+    assert [stage["state"] for stage in ledger(run)] == ["done", "done"]
+    assert (run / "hf" / "config.json").is_file()
+    assert (run / "report.html").is_file()
+    assert [path.name for path in run.iterdir() if path.name.startswith(".")] == []
+    for stage in ("first", "second"):
+        steps = [json.loads(line)["step"] for line in (run / stage / "metrics.jsonl").read_text().splitlines()]
+        assert steps == [1, 2, 3, 4]
+    alone, both = (tensors(r / "second" / "checkpoints" / "step_00000004") for r in (finished[1], run))
+    for name, tensor in alone.items():
+        torch.testing.assert_close(both[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
