@@ -16,12 +16,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 PACKS_PER_STEP = 8
 LEARNING_RATE = 1e-4
+STALL_SECONDS = 180
 
 
 def main() -> None:
@@ -58,8 +58,13 @@ def compare(args: argparse.Namespace) -> None:
             own = [__file__, "--layout", name, "--steps", str(args.steps), "--out", str(out)]
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
             command += ["--nproc-per-node", str(args.processes), *own, *(["--small"] if args.small else [])]
-            subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            subprocess.run(
+                command,
+                check=True,
+                env={**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.processes))},
+            )
             rows[name] = json.loads(out.read_text())
+            print(f"{name} done", flush=True)
     reference = rows["tp1"]
     for row in rows.values():
         for key in ("loss", "grad_norm"):
@@ -83,8 +88,12 @@ def compare(args: argparse.Namespace) -> None:
 
 def train_one(args: argparse.Namespace) -> None:
     """Train one layout on this process's ranks; rank 0 writes losses, gradient norms, memory and step time."""
+    import faulthandler
+
     import torch
 
+    # A layout that hangs says where, in every process.
+    faulthandler.dump_traceback_later(STALL_SECONDS, exit=True)
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "gpu"))
     from gpu_packs import one_configuration_per_kernel, random_pack
 
@@ -126,7 +135,7 @@ def train_one(args: argparse.Namespace) -> None:
 
 def model_and_shapes(*, small: bool):
     """A VLM with one layer of each kind and two tower blocks, and the documents of its packs."""
-    from nemovl_train.config.schema import LanguageConfig, ModelConfig, VisionConfig
+    from nemovl_train.config.schema import LanguageConfig, ModelConfig, TokenIds, VisionConfig
 
     if small:
         from nemovl_train.config.compose import compose_run
@@ -136,8 +145,13 @@ def model_and_shapes(*, small: bool):
             "tiles": (2, 0, 4),
             "seq_length": 256,
         }
-    config = ModelConfig(language=LanguageConfig(hybrid_pattern="M-M*-"), vision=VisionConfig(num_layers=2))
-    config = replace(config, name="one_layer_of_each_kind")
+    # A short vocabulary: drawing 132,096 rows of initial weights would take longer than the training.
+    config = ModelConfig(
+        name="one_layer_of_each_kind",
+        language=LanguageConfig(hybrid_pattern="M-M*-", vocab_size=16384, base_vocab_size=16000),
+        vision=VisionConfig(num_layers=2),
+        tokens=TokenIds(image=16000, image_start=16001, image_end=16002, video=16009),
+    )
     return config, {"lengths": (700, 33, 1300), "tiles": (2, 0, 4), "seq_length": 2048}
 
 

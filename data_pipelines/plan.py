@@ -159,6 +159,7 @@ class Plan:
         self._starts = [0]  # number of the first pack of each window counted so far, and of the next one
         self._windows: OrderedDict[int, Window] = OrderedDict()
         self._idle = 0
+        self._warned = False
         self.dropped: Counter[str] = Counter()
         self.shrunk = 0
         identity = [
@@ -195,7 +196,12 @@ class Plan:
         self.dropped += window.dropped
         self.shrunk += len(window.fits)
         if window.dropped:
-            logger.warning("window %d of the plan leaves out samples: %s", number, dict(window.dropped))
+            # Said aloud once: later windows leave out the same kinds of samples, and `dropped` counts them all.
+            level = logging.DEBUG if self._warned else logging.WARNING
+            self._warned = True
+            reasons = ", ".join(f"{count} {reason}" for reason, count in window.dropped.items())
+            total = sum(window.dropped.values())
+            logger.log(level, "a window of %d samples leaves out %d: %s", self.window_samples, total, reasons)
         self._idle = 0 if packs else self._idle + self.window_samples
         # By then every source has been through an epoch, so nothing that fits can still come.
         sizes = (len(s.lengths) / share for s, share in zip(self.sources, self.shares, strict=True))

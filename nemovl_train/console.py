@@ -18,3 +18,4 @@ def setup_logging() -> None:
     # that a user of a recipe can act on.
     logging.getLogger("megatron").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"megatron\.core\..*")
+    warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint\..*")

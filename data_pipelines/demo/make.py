@@ -83,8 +83,8 @@ SETS = {
     chart_qa.NAME: DemoSet(chart_qa.generate, 1200, 150),
     image_pair.NAME: DemoSet(image_pair.generate, 1200, 150),
     video_clip.NAME: DemoSet(video_clip.generate, 400, 60),
-    python_code.NAME: DemoSet(python_code.generate, 1200, 100, measured=True),
-    long_facts.NAME: DemoSet(long_facts.generate, 300, 40, measured=True),
+    python_code.NAME: DemoSet(python_code.generate, 1200, 60, measured=True),
+    long_facts.NAME: DemoSet(long_facts.generate, 150, 16, measured=True),
     text.NAME: DemoSet(text.generate, 3000, 150),
 }
 
