@@ -118,7 +118,8 @@ def test_digit_labels_are_those_of_the_underlying_picture(split: str) -> None:
 
 def test_no_handwritten_digit_is_in_both_splits() -> None:
     numbers = [{digit.number for digit in digits(split)} for split in SPLITS]
-    assert not numbers[0] & numbers[1] and len(numbers[0] | numbers[1]) == 1797
+    assert not numbers[0] & numbers[1]
+    assert len(numbers[0] | numbers[1]) == 1797
     assert {digit.label for digit in digits("heldout")} == set(range(10))
 
 
@@ -130,7 +131,8 @@ def test_pair_answers_follow_from_the_two_digits() -> None:
             assert answer == ("yes" if first == second else "no")
         else:
             larger = question in image_pair.LARGER
-            assert first != second and answer == ("first" if (first > second) == larger else "second")
+            assert first != second
+            assert answer == ("first" if (first > second) == larger else "second")
 
 
 def islands(dark: np.ndarray) -> int:
@@ -207,7 +209,8 @@ def true_answer(question: str, frames: list[np.ndarray]) -> str:
     if question in video_clip.QUESTIONS["flashes"]:
         return str(sum(now is not None and before is None for before, now in zip([None, *seen], seen, strict=False)))
     first, last = seen[0], seen[-1]
-    assert first is not None and last is not None
+    assert first is not None
+    assert last is not None
     if question in video_clip.QUESTIONS["first"]:
         return first[0]
     if question in video_clip.QUESTIONS["last"]:
@@ -227,7 +230,8 @@ def test_video_answers_follow_from_the_decoded_frames() -> None:
             assert stream.average_rate == video_clip.FPS
             frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
         metadata = sample[0]["messages"][0]["content"][0]["metadata"]
-        assert metadata["video_num_frames"] == len(frames) and metadata["video_duration"] * 8 == len(frames)
+        assert metadata["video_num_frames"] == len(frames)
+        assert metadata["video_duration"] * 8 == len(frames)
         assert frames[0].shape == (metadata["video_height"], metadata["video_width"], 3)
         assert answer == true_answer(question, frames)
         # Sampling twice a second must be enough to answer.
@@ -247,7 +251,8 @@ def test_code_answers_complete_the_function(measure: Measure) -> None:
         task, _, head = question.partition("\n\n")
         whole = f"{head}\n{textwrap.indent(answer, '    ')}" if task in python_code.COMPLETE else answer
         function = ast.parse(whole).body[0]
-        assert isinstance(function, ast.FunctionDef) and ast.get_docstring(function)
+        assert isinstance(function, ast.FunctionDef)
+        assert ast.get_docstring(function)
         assert measure(question) + measure(answer) <= python_code.MAX_TOKENS
 
 
@@ -258,7 +263,8 @@ def test_documents_have_the_length_asked_for_and_hold_their_answer_once(measure:
         assert low - 60 <= measure(question) <= high
         *document, asked = question.split("\n")
         thing = re.search(r"code of (\w+ \d+)", asked)
-        assert thing and f"The code of {thing[1]} is {answer}." in document
+        assert thing
+        assert f"The code of {thing[1]} is {answer}." in document
         assert sum(f"The code of {thing[1]} is" in line for line in document) == 1
         assert 2 <= sum(line.startswith("The code of") for line in document) <= 6
 

@@ -110,7 +110,8 @@ def test_a_failed_build_leaves_the_old_demo_and_no_rest(tmp_path: Path, monkeypa
     monkeypatch.setattr(make.shards, "write_dataset", full_disk)
     with pytest.raises(DataError, match="No space left"):
         make.make_demo(out, scale=SCALE, seed=5)
-    assert hashes(out) == whole and [path.name for path in tmp_path.iterdir()] == ["demo"]
+    assert hashes(out) == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
 
 
 @pytest.mark.parametrize("scale", [0, -1, float("nan"), float("inf")])
@@ -130,4 +131,5 @@ def test_command_prints_a_table_or_json(tmp_path: Path, capsys: pytest.CaptureFi
     args = parser.parse_args([*arguments, "--json"])
     assert args.run(args) == 0
     printed = json.loads(capsys.readouterr().out)
-    assert printed["reused"] and printed["datasets"]["text"]["train"]["samples"] == 4
+    assert printed["reused"]
+    assert printed["datasets"]["text"]["train"]["samples"] == 4

@@ -34,7 +34,8 @@ def test_any_text_survives_the_round_trip(tokenizer: Tokenizer) -> None:
 
 def test_digits_are_single_tokens_everywhere(tokenizer: Tokenizer) -> None:
     nine = tokenizer.token_to_id("9")
-    assert nine is not None and tokenizer.encode("9").ids == [nine]
+    assert nine is not None
+    assert tokenizer.encode("9").ids == [nine]
     assert tokenizer.encode("the code is 999.").ids.count(nine) == 3
     assert not [token for token in tokenizer.get_vocab() if len(token) > 1 and any(c.isdigit() for c in token[1:])
                 and "SPECIAL" not in token]  # fmt: skip
@@ -59,7 +60,9 @@ def test_transformers_loads_both_folders(demo: Path, tmp_path: Path, media: bool
     assert (loaded.unk_token_id, loaded.bos_token_id, loaded.eos_token_id) == (0, 1, 12)
     assert len(loaded) == BASE_VOCAB + 10 * media
     ids = loaded("<s><SPECIAL_10>System\n\n<SPECIAL_11>User\nHi 7", add_special_tokens=False).input_ids
-    assert ids[:2] == [1, 10] and 11 in ids and max(ids) < BASE_VOCAB
+    assert ids[:2] == [1, 10]
+    assert 11 in ids
+    assert max(ids) < BASE_VOCAB
     image = loaded("<image>", add_special_tokens=False).input_ids
     assert (image == [BASE_VOCAB]) == media
 
