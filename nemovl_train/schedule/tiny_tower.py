@@ -10,6 +10,8 @@ Shape suffixes: T tiles, P tile side in pixels, G patches along one side of a ti
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -48,22 +50,38 @@ def pretrain_tower(tower: VisionTower, tiles_T3PP: Tensor, *, seed: int, steps: 
         [*tower.parameters(), *head.parameters()], betas=(OPTIM.beta1, OPTIM.beta2), weight_decay=OPTIM.weight_decay
     )
     losses = []
-    for step in range(steps):
-        chosen = torch.randint(tiles_T3PP.shape[0], (TILES_PER_STEP,), generator=generator)
-        pixels_T3PP = tower.normalize(tiles_T3PP[chosen])
-        target_TNC = _patches(pixels_T3PP, patch)
-        grid = tower.img_h // patch
-        hidden_T1GG = torch.rand(TILES_PER_STEP, 1, grid, grid, generator=generator) < HIDDEN_SHARE
-        blanked = pixels_T3PP.masked_fill(hidden_T1GG.repeat_interleave(patch, 2).repeat_interleave(patch, 3), 0.0)
-        features_TND = tower(blanked)[:, tower.class_token_len :]
-        loss = F.mse_loss(head(features_TND), target_TNC)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(OPTIM, step, steps)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    with _one_thread():
+        for step in range(steps):
+            chosen = torch.randint(tiles_T3PP.shape[0], (TILES_PER_STEP,), generator=generator)
+            loss = _hidden_patch_loss(tower, head, tiles_T3PP[chosen], generator)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(OPTIM, step, steps)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
     return losses
+
+
+def _hidden_patch_loss(tower: VisionTower, head: nn.Linear, tiles_T3PP: Tensor, generator: torch.Generator) -> Tensor:
+    """Squared error of every patch's pixels, predicted from tiles of which a random half is blank."""
+    patch, grid = tower.patch_dim, tower.img_h // tower.patch_dim
+    pixels_T3PP = tower.normalize(tiles_T3PP)
+    hidden_T1GG = torch.rand(len(tiles_T3PP), 1, grid, grid, generator=generator) < HIDDEN_SHARE
+    blanked = pixels_T3PP.masked_fill(hidden_T1GG.repeat_interleave(patch, 2).repeat_interleave(patch, 3), 0.0)
+    features_TND = tower(blanked)[:, tower.class_token_len :]
+    return F.mse_loss(head(features_TND), _patches(pixels_T3PP, patch))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The order of sums, and so the last bits, must not depend on what ran in this process before."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _patches(pixels_T3PP: Tensor, patch: int) -> Tensor:

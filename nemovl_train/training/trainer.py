@@ -31,6 +31,7 @@ from nemovl_train.training.step import StepResult, forward_backward, train_step
 
 log = logging.getLogger(__name__)
 
+DEFAULT_THREADS = torch.get_num_threads()
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -46,8 +47,8 @@ def run(config: RunConfig) -> ExitCode:
     Raises:
         UserError: The folder, the data, the parent's weights or the layout cannot be used; every rank raises it.
     """
-    if config.trainer.threads:
-        torch.set_num_threads(config.trainer.threads)
+    # Always set: a stage that ran before in this process must not decide how this one sums.
+    torch.set_num_threads(config.trainer.threads or DEFAULT_THREADS)
     # Frees the stage before this one. What the imports left is then set aside: megatron-core collects at every save.
     gc.collect()
     gc.freeze()
