@@ -215,6 +215,7 @@ class Dataset:
 
     def __init__(self, folder: Path, split: str, info: Mapping[str, Any]) -> None:
         self.folder, self.split = folder, split
+        _refuse_paths(folder, [split, *(shard["name"] for shard in info["splits"][split]["shards"])])
         self.name: str = info["name"]
         self.manifest_sha256: str = info["splits"][split]["manifest_sha256"]
         self._shards: list[dict[str, Any]] = info["splits"][split]["shards"]
@@ -234,8 +235,8 @@ class Dataset:
             tokenizer: The run's tokenizer; not compared when None.
 
         Raises:
-            DataError: No dataset there, another format version, no such split, a shard missing or of the wrong size,
-                or token counts made with another tokenizer, template or tile rule.
+            DataError: No dataset there, another format version, no such split, a shard missing or of the wrong size, a
+                manifest missing or changed, or token counts made with another tokenizer, template or tile rule.
         """
         folder = Path(path)
         info = read_info(folder)
@@ -262,6 +263,12 @@ class Dataset:
         self._files: OrderedDict[int, int] = OrderedDict()
 
     def _check_files(self) -> None:
+        # The manifest says where every sample lies and what its bytes hash to, so nothing holds unless it does.
+        manifest = self.folder / f"{self.split}.parquet"
+        found = _file_sha256(manifest) if manifest.is_file() else None
+        if found != self.manifest_sha256:
+            problem = "missing" if found is None else "not the file that dataset.json describes (SHA-256 differs)"
+            raise DataError(f"{manifest} is {problem}; copy or write the dataset again")
         for shard in self._shards:
             path = self.folder / shard["name"]
             size = path.stat().st_size if path.is_file() else None
@@ -331,6 +338,16 @@ def read_info(folder: Path) -> dict[str, Any]:
             f"{path} has format version {version!r}, this release reads {FORMAT_VERSION}; write the dataset again"
         )
     return info
+
+
+def _refuse_paths(folder: Path, names: list[Any]) -> None:
+    """A name with a path in it could point anywhere on the reader's disk."""
+    for name in names:
+        if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
+            raise DataError(
+                f"{folder / 'dataset.json'} names the file {name!r}; expected a plain file name in the dataset's own "
+                "folder: copy or write the dataset again"
+            )
 
 
 def _check_rules(

@@ -22,7 +22,7 @@ property. The chat template that we export renders as this module does. Where a 
 its own, an export keeps that one, and it alone decides what history looks like when served.
 
 **Tags and words.** `<image>` and `<video>` in a user text may stand for media or be words. One rule, per message and
-kind, with n attached media and k tags in its text items:
+kind, with n attached media and k tags in its text items (each item by itself, reasoning switches taken out):
 
 * n = 0: the tags are words and stay text, whatever their number.
 * n > 0, k = 0: tags are put before the text (one image: `<image>\n`; several: `<image 1><image> <image 2><image>\n`;
@@ -264,6 +264,7 @@ def _write_user(
             continue
         number = pending[piece.kind].pop(0)
         _write_media(writer, layouts[number], first_media + number)
+    assert not any(pending.values()), (where, pending)
     writer.text("\n")
     return len(kinds)
 
@@ -285,12 +286,16 @@ class _Tag:
 
 def _user_pieces(message: Mapping[str, Any], kinds: Sequence[str], where: str) -> list[str | _Tag]:
     """Words and media tags of a user message in rendered order, by the rule in the module's docstring."""
-    items = [item for item in content_items(message) if item["type"] == "text"]
-    searched = "".join(item["text"] for item in items if not item.get("literal"))
+    # Counted on exactly what is split below: a tag never spans two items, and a switch taken out can leave one behind.
+    items = [
+        (_without_switches(item["text"]), bool(item.get("literal")))
+        for item in content_items(message)
+        if item["type"] == "text"
+    ]
     pieces: list[str | _Tag] = []
     placed = []
     for kind in MEDIA_KINDS:
-        media, tags = kinds.count(kind), searched.count(f"<{kind}>")
+        media, tags = kinds.count(kind), sum(text.count(f"<{kind}>") for text, literal in items if not literal)
         if media and tags == media:
             placed.append(kind)
         elif media and tags:
@@ -304,9 +309,8 @@ def _user_pieces(message: Mapping[str, Any], kinds: Sequence[str], where: str) -
             pieces.append("\n")
         else:
             pieces += [_Tag(kind), "\n"] * media
-    for item in items:
-        text = _without_switches(item["text"])
-        pieces += [text] if item.get("literal") or not placed else _split_tags(text, placed)
+    for text, literal in items:
+        pieces += [text] if literal or not placed else _split_tags(text, placed)
     return pieces
 
 

@@ -28,11 +28,13 @@ candidates() {
     type -ap python3.12 python3 python || true
     local pyenv_root="${PYENV_ROOT:-$HOME/.pyenv}"
     ls -1 "$pyenv_root"/versions/3.12*/bin/python3.12 2>/dev/null || true
-    if command -v uv >/dev/null 2>&1; then
-        # The second form downloads an interpreter; it comes last for that reason.
-        uv python find --no-project 3.12 2>/dev/null ||
-            { uv python install 3.12 >&2 && uv python find --no-project 3.12 2>/dev/null; } || true
-    fi
+}
+
+# The second form downloads an interpreter; uv is asked last for that reason.
+uv_python() {
+    command -v uv >/dev/null 2>&1 || return 1
+    uv python find --no-project 3.12 2>/dev/null ||
+        { uv python install 3.12 >&2 && uv python find --no-project 3.12 2>/dev/null; }
 }
 
 find_python() {
@@ -43,7 +45,8 @@ find_python() {
             return 0
         fi
     done < <(candidates)
-    return 1
+    # Not one of the candidates: those go on being listed after one was taken, and a download must not.
+    [ -z "${NEMOVL_PYTHON:-}" ] && candidate="$(uv_python)" && usable "$candidate" && printf '%s\n' "$candidate"
 }
 
 fingerprint() {

@@ -65,5 +65,5 @@ def _torchrun(args: argparse.Namespace) -> int:
     print(shlex.join(command), file=sys.stdout if args.dry_run else sys.stderr, flush=True)
     if args.dry_run:
         return 0
-    # Replacing this process lets signals and the exit code pass between the caller and torchrun unchanged.
+    # Replacing this process lets signals reach torchrun. It reports every failure, a requeue included, as 1.
     os.execv(command[0], command)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from nemovl_train import __version__
+from nemovl_train.console import setup_logging
 from nemovl_train.exceptions import UserError
 from nemovl_train.exit_codes import ExitCode, guarded
 
@@ -23,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         An exit code, see `nemovl_train.exit_codes`.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    setup_logging()
     return guarded(lambda: _dispatch(arguments))
 
 
@@ -80,9 +82,6 @@ def _schedule(argv: Sequence[str]) -> int:
 
     def job(config: RunConfig | ScheduleConfig) -> int:
         assert isinstance(config, ScheduleConfig)
-        from nemovl_train.console import setup_logging
-
-        setup_logging()
         from nemovl_train.schedule import chain
 
         return chain.run(config)
@@ -129,8 +128,13 @@ def _copy_recipe(args: argparse.Namespace) -> int:
     from nemovl_train.config import recipes
 
     target = recipes.copy_recipe(args.name, args.target)
-    verb = "schedule" if recipes.recipe_kind(args.name) == "schedule" else "train"
-    print(f"wrote {target}; run it with: nemovl {verb} recipe={target}")
+    if recipes.recipe_kind(args.name) == "schedule":
+        print(f"wrote {target}; run it with: nemovl schedule recipe={target} run.name=NAME")
+    else:
+        # Under its old stage name it would meet the finished run of the recipe that it was copied from.
+        print(
+            f"wrote {target}; run it with: nemovl train recipe={target} run.stage=NAME trainer.init_from=STAGE_FOLDER"
+        )
     return ExitCode.OK
 
 

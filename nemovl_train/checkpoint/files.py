@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from nemovl_train.exceptions import CheckpointError
+from nemovl_train.exceptions import CheckpointError, UserError
 
 _HASH_BLOCK = 1 << 22
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -16,34 +16,41 @@ _FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 @contextmanager
-def explain_disk_errors(folder: Path) -> Iterator[None]:
+def explain_disk_errors(
+    folder: Path,
+    *,
+    advice: str = "choose another run.root",
+    kept: str = "earlier checkpoints are intact; ",
+    error_class: type[UserError] = CheckpointError,
+) -> Iterator[None]:
     """Turn a full disk, a folder without write permission and a file in its place into errors that say what to do.
 
     Args:
         folder: Folder that is written, for the message.
+        advice: What to do where the folder cannot be written.
+        kept: What a full disk did not harm; may be empty.
+        error_class: Class of the error.
 
     Raises:
-        CheckpointError: Instead of such an OSError; others pass.
+        UserError: `error_class` instead of such an OSError; others pass.
     """
     try:
         yield
     except OSError as error:
         if error.errno in _FULL:
-            raise CheckpointError(f"{no_space(folder)} ({error.strerror})") from error
+            raise error_class(f"{no_space(folder, kept)} ({error.strerror})") from error
         if error.errno in _FORBIDDEN:
-            raise CheckpointError(f"{folder} is not writable ({error.strerror}): choose another run.root") from error
+            where = f": {error.filename}" if error.filename else ""
+            raise error_class(f"{folder} is not writable ({error.strerror}{where}): {advice}") from error
         if isinstance(error, FileExistsError | NotADirectoryError):
-            raise CheckpointError(f"{error.filename} is a file, not a folder: choose another run.root") from error
+            raise error_class(f"{error.filename} is a file, not a folder: {advice}") from error
         raise
 
 
-def no_space(folder: Path) -> str:
+def no_space(folder: Path, kept: str = "earlier checkpoints are intact; ") -> str:
     """Sentence for a disk that took no more."""
     free = shutil.disk_usage(_existing(folder)).free
-    return (
-        f"no space left in {folder} ({free / 2**30:.2f} GiB free): earlier checkpoints are intact; free space and run "
-        "the same command again"
-    )
+    return f"no space left in {folder} ({free / 2**30:.2f} GiB free): {kept}free space and run the same command again"
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -52,15 +59,20 @@ def replace_text(path: Path, text: str) -> None:
     Raises:
         CheckpointError: The disk is full, or the folder cannot be written.
     """
-    work = path.with_name(f".{path.name}.tmp")
     with explain_disk_errors(path.parent):
-        try:
-            work.write_text(text, encoding="utf-8")
-            fsync(work)
-            os.replace(work, path)
-        except OSError:
-            work.unlink(missing_ok=True)
-            raise
+        write_whole(path, text)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """As `replace_text`, for a caller that explains the system's errors itself."""
+    work = path.with_name(f".{path.name}.tmp")
+    try:
+        work.write_text(text, encoding="utf-8")
+        fsync(work)
+        os.replace(work, path)
+    except OSError:
+        work.unlink(missing_ok=True)
+        raise
 
 
 def fsync(path: Path) -> None:

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from nemovl_train.checkpoint.files import explain_disk_errors, files_below, fsync, no_space, sha256
+from nemovl_train.checkpoint.plain_metadata import refuse_code
 from nemovl_train.exceptions import CheckpointError
 from nemovl_train.parallel import cpu
 from nemovl_train.parallel.agree import on_first_rank
@@ -54,7 +55,7 @@ class DamagedError(CheckpointError):
 class ShardedModel(Protocol):
     """What saving and loading need of a model."""
 
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+    def sharded_state_dict(self) -> dict:
         """Sharded tensors by name."""
 
     def load_state_dict(self, state_dict: dict, strict: bool = True) -> Any:
@@ -84,7 +85,6 @@ def save(
     optimizer: ShardedOptimizer | None,
     state: dict[str, Any],
     run_id: str,
-    metadata: dict[str, Any] | None = None,
 ) -> Path:
     """Write, seal and publish one checkpoint. Collective: every rank calls it.
 
@@ -95,7 +95,6 @@ def save(
         optimizer: Source of the optimizer state; None saves weights only.
         state: Contents of `state.json`.
         run_id: Identity of the run, checked on load.
-        metadata: Passed to the model's `sharded_state_dict`.
 
     Returns:
         The published folder.
@@ -105,7 +104,7 @@ def save(
     """
     final = step_folder(root, step)
     work = root / f"{_WORK}{final.name}"
-    sharded = {"model": model.sharded_state_dict(metadata=metadata)}
+    sharded = {"model": model.sharded_state_dict()}
     if optimizer is not None:
         sharded["optimizer"] = optimizer.sharded_state_dict(sharded["model"])
     try:
@@ -126,7 +125,6 @@ def load(
     *,
     model: ShardedModel,
     optimizer: ShardedOptimizer | None = None,
-    metadata: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Fill model and optimizer from a checkpoint, resharding to the current layout. Collective.
 
@@ -134,7 +132,6 @@ def load(
         folder: A published checkpoint; its seal is verified first.
         model: Receives the weights, strictly.
         optimizer: Receives its state when given.
-        metadata: Passed to the model's `sharded_state_dict`.
 
     Returns:
         Contents of `state.json`.
@@ -144,7 +141,9 @@ def load(
         CheckpointError: The tensors are not those of this model.
     """
     on_first_rank(lambda: verify(folder))
-    sharded = {"model": model.sharded_state_dict(metadata=metadata)}
+    # A seal says that nothing changed since it was made, not who made it.
+    on_first_rank(lambda: refuse_code(folder))
+    sharded = {"model": model.sharded_state_dict()}
     if optimizer is not None:
         sharded["optimizer"] = optimizer.sharded_state_dict(sharded["model"], is_loading=True)
     try:

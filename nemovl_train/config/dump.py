@@ -16,7 +16,6 @@ from nemovl_train.exceptions import ConfigError
 
 REDACTED = "***"
 RESUME_MAY_CHANGE = (
-    "run.root",
     "parallel",
     "precision.backend",
     "data.num_workers",

@@ -18,18 +18,19 @@ from nemovl_train.checkpoint import sealed
 from nemovl_train.config.build import build
 from nemovl_train.config.dump import load_yaml
 from nemovl_train.config.schema import ModelConfig, ParallelConfig, RunConfig
+from nemovl_train.convert.disk import explain_writes
 from nemovl_train.convert.hf_config import CHAT_TEMPLATE, PREPROCESSOR, TOKENIZER_FILES, read_media_budget
 from nemovl_train.convert.hf_export import export_canonical
 from nemovl_train.convert.hf_import import HFFolder
 from nemovl_train.convert.hf_layout import MediaBudget
 from nemovl_train.convert.mapping import dtype_name, report
 from nemovl_train.convert.names import kind_of
-from nemovl_train.exceptions import ConversionError
+from nemovl_train.exceptions import CheckpointError, ConversionError
+from nemovl_train.model.backend import DTYPES
 from nemovl_train.model.vlm import NemotronVL, build_model
 from nemovl_train.parallel.layout import Layout
 
 CHECKPOINTS, TOKENIZER = "checkpoints", "tokenizer"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,14 +53,15 @@ class CheckpointInfo:
 
 
 def import_checkpoint(hf_dir: Path, out: Path) -> Path:
-    """Import a Hugging Face folder as a checkpoint, its tokenizer beside it.
+    """Import a Hugging Face folder as a checkpoint, its tokenizer beside it. `out` appears when all of it is written.
 
     Returns:
         The checkpoint's folder; `trainer.init_from` takes it or `out`.
 
     Raises:
-        ConversionError: `out` exists, or the folder cannot be imported.
+        ConversionError: `out` exists or cannot be written, the disk is full, or the folder cannot be imported.
     """
+    _refuse_existing(out)
     folder = HFFolder(hf_dir)
     constants = {n: [dtype_name(t.dtype), list(t.shape), t.flatten().tolist()] for n, t in folder.constants().items()}
     origin: dict[str, Any] = {
@@ -69,12 +71,31 @@ def import_checkpoint(hf_dir: Path, out: Path) -> Path:
     }
     if (hf_dir / PREPROCESSOR).is_file():
         origin["media"] = asdict(read_media_budget(hf_dir))
-    path = save_as_checkpoint(folder.config, folder.tensors(), out, dtype=folder.dtype, origin=origin)
+    work = out.with_name(f".{out.name}.partial")
+    with explain_writes(out.parent):
+        try:
+            shutil.rmtree(work, ignore_errors=True)  # left by an import that was killed
+            work.mkdir(parents=True)
+            path = save_as_checkpoint(folder.config, folder.tensors(), work, dtype=folder.dtype, origin=origin)
+            _copy_tokenizer(hf_dir, work)
+            work.rename(out)
+        except CheckpointError as error:
+            raise ConversionError(f"{out} was not written: {error}") from error
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    return out / path.relative_to(work)
+
+
+def _copy_tokenizer(hf_dir: Path, out: Path) -> None:
     for name in (*TOKENIZER_FILES, CHAT_TEMPLATE.name):
         if (hf_dir / name).is_file():
             (out / TOKENIZER).mkdir(exist_ok=True)
             shutil.copyfile(hf_dir / name, out / TOKENIZER / name)
-    return path
+
+
+def _refuse_existing(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConversionError(f"{out} exists; choose another --out, or delete it first")
 
 
 def export_checkpoint(
@@ -134,8 +155,7 @@ def save_as_checkpoint(
     Raises:
         ConversionError: `out` exists, or the tensors are not those of the model.
     """
-    if out.exists() and any(out.iterdir()):
-        raise ConversionError(f"{out} exists; choose another --out, or delete it first")
+    _refuse_existing(out)
     with single_process_model(config, dtype, seed=seed) as model:
         load_tensors(model, tensors, may_lack=may_lack)
         state = {"model": asdict(config), "dtype": dtype_name(dtype), **origin}

@@ -10,6 +10,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemovl_train.checkpoint.files import files_below, fsync, sha256
 from nemovl_train.config.schema import ModelConfig
 from nemovl_train.convert.card import model_card
+from nemovl_train.convert.disk import explain_writes
 from nemovl_train.convert.hf_config import write_config
 from nemovl_train.convert.hf_layout import RELEASED_MEDIA, MediaBudget
 from nemovl_train.convert.mapping import Spec, default_constants, dtype_name, stream_to_hf
 from nemovl_train.convert.names import KINDS, Entry, Precision, constant_names, table
-from nemovl_train.convert.tensor_files import CODE_OF, MAX_SHARD_BYTES, ShardWriter, file_hash
+from nemovl_train.convert.tensor_files import CODE_OF, MAX_SHARD_BYTES, ShardWriter
 from nemovl_train.exceptions import ConversionError
 
 MANIFEST = "nemovl_export.json"
@@ -68,40 +71,79 @@ def export_canonical(
         `out_dir`.
 
     Raises:
-        ConversionError: The folder exists, or a tensor is missing, unknown, repeated, wrongly shaped or typed.
+        ConversionError: The folder exists, or a tensor is missing, unknown, repeated, wrongly shaped or typed,
+            or the disk is full or cannot be written.
     """
     if kind not in KINDS:
         raise ConversionError(f"kind {kind!r}; known are {', '.join(KINDS)}")
-    _remove_leftovers(out_dir)
-    _refuse_existing(out_dir, overwrite)
+    with explain_writes(out_dir.parent):
+        _remove_leftovers(out_dir)
+        _refuse_existing(out_dir, overwrite)
+        export = _prepare(tensors, config, kind, dtype=dtype, state_dtype=state_dtype, constants=constants)
+        _write(export, out_dir, tokenizer=tokenizer, card=card, media=media, max_shard_bytes=max_shard_bytes)
+    return out_dir
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Export:
+    """What is to be written: a stream of Hugging Face tensors, and the shape and format of each beforehand."""
+
+    config: ModelConfig
+    kind: str
+    dtype: torch.dtype
+    stream: Iterable[tuple[str, Tensor]]
+    plan: Mapping[str, Spec]
+
+
+def _prepare(
+    tensors: Iterable[tuple[str, Tensor]],
+    config: ModelConfig,
+    kind: str,
+    *,
+    dtype: torch.dtype | None,
+    state_dtype: torch.dtype,
+    constants: Mapping[str, Tensor] | None,
+) -> _Export:
     entries = table(config, kind)
     found, tensors = _format_of(tensors, entries)
     names = constant_names(kind)
     chosen = default_constants(config, kind) if constants is None else constants
     extra = {names[short]: t for short, t in chosen.items()}
     plan = _plan(entries, dtype or found, state_dtype) | {n: Spec(tuple(t.shape), t.dtype) for n, t in extra.items()}
+    stream = chain(stream_to_hf(tensors, entries, dtype=dtype, state_dtype=state_dtype), extra.items())
+    return _Export(config=config, kind=kind, dtype=dtype or found, stream=stream, plan=plan)
+
+
+def _write(
+    export: _Export,
+    out_dir: Path,
+    *,
+    tokenizer: Path | None,
+    card: Mapping[str, Any],
+    media: MediaBudget,
+    max_shard_bytes: int,
+) -> None:
+    """Write everything beside the final name, then publish it; whatever fails leaves nothing."""
     temporary = out_dir.parent / f".{out_dir.name}.{uuid.uuid4().hex[:8]}.partial"
     temporary.mkdir(parents=True)
     lock = _lock(temporary)
     try:
-        stream = stream_to_hf(tensors, entries, dtype=dtype, state_dtype=state_dtype)
-        writer = ShardWriter(temporary, plan, max_shard_bytes=max_shard_bytes)
-        _write_weights(writer, chain(stream, extra.items()))
+        writer = ShardWriter(temporary, export.plan, max_shard_bytes=max_shard_bytes)
+        _write_weights(writer, export.stream)
         write_config(
-            config,
+            export.config,
             temporary,
-            kind=kind,
-            dtype=dtype_name(dtype or found),
+            kind=export.kind,
+            dtype=dtype_name(export.dtype),
             tokenizer=tokenizer,
             media=media,
         )
-        _write_card_and_manifest(temporary, config, kind, dtype=dtype or found, card=card, writer=writer)
+        _write_card_and_manifest(temporary, export, card, writer)
         _publish(temporary, out_dir)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         if lock is not None:
             os.close(lock)
-    return out_dir
 
 
 def _remove_leftovers(out_dir: Path) -> None:
@@ -186,17 +228,21 @@ def _as_planned(name: str, tensor: Tensor, plan: Mapping[str, Spec]) -> Tensor:
     return narrow
 
 
-def _write_card_and_manifest(
-    folder: Path, config: ModelConfig, kind: str, *, dtype: torch.dtype, card: Mapping[str, Any], writer: ShardWriter
-) -> None:
-    constants = set(constant_names(kind).values())
+def _write_card_and_manifest(folder: Path, export: _Export, card: Mapping[str, Any], writer: ShardWriter) -> None:
+    kind, constants = export.kind, set(constant_names(export.kind).values())
     parameters = sum(_count(s) for n, s in writer.plan.items() if n not in constants)
-    files = {str(p.relative_to(folder)): file_hash(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+    files = {str(p.relative_to(folder)): sha256(p) for p in files_below(folder)}
     text = model_card(
-        config, kind, parameters=parameters, tensors=len(writer.plan), dtype=dtype_name(dtype), files=files, card=card
+        export.config,
+        kind,
+        parameters=parameters,
+        tensors=len(writer.plan),
+        dtype=dtype_name(export.dtype),
+        files=files,
+        card=card,
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
-    files["README.md"] = file_hash(folder / "README.md")
+    files["README.md"] = sha256(folder / "README.md")
     manifest = {
         "format": MANIFEST_FORMAT,
         "kind": kind,
@@ -217,21 +263,18 @@ def _count(spec: Spec) -> int:
 def _publish(temporary: Path, out_dir: Path) -> None:
     """Rename into place. An older export of that name is moved aside first: the name never holds half of one."""
     for path in temporary.rglob("*"):
-        _sync(path)
-    _sync(temporary)
+        fsync(path)
+    fsync(temporary)
     old = None
     if out_dir.exists():
         old = temporary.with_suffix(".old")
         out_dir.rename(old)
-    temporary.rename(out_dir)
-    _sync(out_dir.parent)
+    try:
+        temporary.rename(out_dir)
+    except OSError:
+        if old is not None:
+            old.rename(out_dir)
+        raise
+    fsync(out_dir.parent)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

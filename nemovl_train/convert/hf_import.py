@@ -61,16 +61,6 @@ class HFFolder:
         return constants_of({n: self.files.read(n) for n in names}, self.kind)
 
 
-def import_folder(hf_dir: Path) -> tuple[ModelConfig, Iterator[tuple[str, Tensor]]]:
-    """Sizes and canonical tensors of a folder; the tensors are read as the iterator advances.
-
-    Raises:
-        ConversionError: As `HFFolder`.
-    """
-    folder = HFFolder(hf_dir)
-    return folder.config, folder.tensors()
-
-
 def join_parts(language_dir: Path, vision_dir: Path, *, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
     """Canonical tensors of a VLM made from a text model and a tower.
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -143,12 +144,6 @@ def tensor_hash(tensor: Tensor) -> str:
     return hashlib.sha256(raw_bytes(tensor)).hexdigest()
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 @dataclass(frozen=True)
 class _Place:
     file: str
@@ -212,14 +207,16 @@ class ShardWriter:
     def close(self) -> None:
         """Flush everything to the disk. Every planned tensor must have been put."""
         assert len(self.hashes) == len(self.plan), sorted(set(self.plan) - set(self.hashes))[:3]
+        for handle in self._open_files.values():
+            handle.flush()
+            os.fsync(handle.fileno())
         self.abandon()
 
     def abandon(self) -> None:
         """Close the files, complete or not."""
         for handle in self._open_files.values():
-            handle.flush()
-            os.fsync(handle.fileno())
-            handle.close()
+            with suppress(OSError):  # what a full disk did not take was reported when it was written
+                handle.close()
         self._open_files.clear()
 
 

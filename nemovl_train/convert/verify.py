@@ -19,15 +19,18 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from nemovl_train.checkpoint.files import sha256, write_whole
+from nemovl_train.convert.disk import explain_writes
 from nemovl_train.convert.hf_export import MANIFEST
 from nemovl_train.convert.hf_import import HFFolder
 from nemovl_train.convert.mapping import stream_to_hf
 from nemovl_train.convert.names import constant_names, table
-from nemovl_train.convert.tensor_files import file_hash, raw_bytes, read_json
+from nemovl_train.convert.tensor_files import raw_bytes, read_json
 from nemovl_train.exceptions import ConversionError
 
 TOLERANCE = 1e-4
 TIMEOUT_S = 3600
+_COPY_IT = "the card is written beside the weights; copy the folder to where it can be, and verify the copy"
 PACKAGES = ("nemovl", "torch", "transformers", "safetensors", "megatron-core")
 # A clean process inherits only this: no tokens, no launcher's ranks, no Hugging Face settings.
 KEPT_VARIABLES = ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "TMPDIR", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
@@ -53,7 +56,12 @@ def verify(hf_dir: Path, *, reference: Path | None = None, tolerance: float = TO
 
     Returns:
         The card: `ok`, `kind`, `tensors`, `parameters`, `largest_difference`, `checks`, `versions`, `command`, `date`.
+
+    Raises:
+        ConversionError: The folder cannot be written, or the disk is full.
     """
+    with explain_writes(hf_dir, _COPY_IT):
+        tempfile.TemporaryFile(dir=hf_dir).close()  # asked before the long work, not after it
     checks: list[Check] = []
     card: dict[str, Any] = {
         "ok": False,
@@ -84,8 +92,9 @@ def verify(hf_dir: Path, *, reference: Path | None = None, tolerance: float = TO
         (v for c in checks if c.name == "logits" for v in c.detail.get("largest difference", {}).values()), default=None
     )
     card["ok"] = all(c.ok for c in checks)
-    (hf_dir / "verification.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
-    (hf_dir / "verification.md").write_text(card_text(card), encoding="utf-8")
+    with explain_writes(hf_dir, _COPY_IT):
+        write_whole(hf_dir / "verification.json", json.dumps(card, indent=1) + "\n")
+        write_whole(hf_dir / "verification.md", card_text(card))
     return card
 
 
@@ -117,7 +126,7 @@ def _check_files(hf_dir: Path, check: Check) -> None:
         check.detail["note"] = f"no {MANIFEST}: the folder was made elsewhere, there are no hashes to compare with"
         return
     listed: Mapping[str, str] = read_json(hf_dir / MANIFEST)["files"]
-    wrong = [n for n, h in listed.items() if not (hf_dir / n).is_file() or file_hash(hf_dir / n) != h]
+    wrong = [n for n, h in listed.items() if not (hf_dir / n).is_file() or sha256(hf_dir / n) != h]
     check.detail["files"] = len(listed)
     if wrong:
         raise ConversionError(f"changed or missing since the export: {', '.join(wrong)}; export again")
@@ -151,7 +160,11 @@ def _check_reference(folder: HFFolder, reference: Path, check: Check) -> None:
 
 
 def _check_in_clean_processes(hf_dir: Path, folder: HFFolder, checks: list[Check], tolerance: float) -> None:
-    with tempfile.TemporaryDirectory(prefix="nemovl_verify_") as text:
+    scratch = Path(tempfile.gettempdir())
+    with (
+        explain_writes(scratch, "set TMPDIR to a folder that can be written"),
+        tempfile.TemporaryDirectory(prefix="nemovl_verify_", dir=scratch) as text,
+    ):
         work = Path(text)
         with _check("reload", checks) as reload:
             run_clean("nemovl_train.convert.reload_check", hf_dir, work)

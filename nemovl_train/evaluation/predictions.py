@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,14 @@ from data_pipelines.shards import Dataset, StoredSample
 from data_pipelines.tokenizer import TextTokenizer
 from nemovl_train.checkpoint.files import explain_disk_errors, replace_text
 from nemovl_train.config.schema import RunConfig
+from nemovl_train.exceptions import DataError
 from nemovl_train.inference.generate import generate
 from nemovl_train.inference.prompt import Prompt, build_prompt
 from nemovl_train.model.vlm import NemotronVL
 from nemovl_train.parallel.agree import on_first_rank
 from nemovl_train.parallel.layout import Layout
+
+log = logging.getLogger(__name__)
 
 MAX_NEW_TOKENS = 24
 MAX_PROMPT_TOKENS = 1024
@@ -37,17 +41,33 @@ def write_predictions(
     pictures: dict[str, torch.Tensor] = {}
     for name, source in data.sources.items():
         dataset = Dataset.open(source.path, source.split, rules=rules, tokenizer=tokenizer)
-        stored = [dataset.read(i) for i in range(min(config.evaluation.predictions, len(dataset)))]
+        asked = _questions(dataset, name, config.evaluation.predictions, tokenizer, rules)
         dataset.close()
-        asked = [(s, build_prompt(s.record, s.media, tokenizer, rules)) for s in stored]
-        # Without a state cache an answer costs its prompt once per token: long documents are left to exact match.
-        asked = [(s, prompt) for s, prompt in asked if len(prompt.input_ids) <= MAX_PROMPT_TOKENS]
         answers = generate(model, [p for _, p in asked], device=layout.device, max_new_tokens=MAX_NEW_TOKENS)
         for (sample, prompt), answer in zip(asked, answers, strict=True):
             shown = _pictures(prompt, f"{name}_{sample.record['id']}")
             rows.append(_row(name, sample, tokenizer.decode(answer, skip_special_tokens=True), list(shown)))
             pictures.update(shown)
     on_first_rank(lambda: _write(folder, rows, pictures))
+
+
+def _questions(
+    dataset: Dataset, source: str, count: int, tokenizer: TextTokenizer, rules: RenderRules
+) -> list[tuple[StoredSample, Prompt]]:
+    """The first `count` samples that can be asked."""
+    asked = []
+    for index in range(min(count, len(dataset))):
+        try:
+            stored = dataset.read(index)
+            prompt = build_prompt(stored.record, stored.media, tokenizer, rules)
+        except (DataError, OSError) as error:
+            # The scores leave such a sample out as well; a stage that is trained must not hang on it.
+            log.warning("no prediction for sample %r of %s: %s", dataset.key(index), source, error)
+            continue
+        # Without a state cache an answer costs its prompt once per token: long documents are left to exact match.
+        if len(prompt.input_ids) <= MAX_PROMPT_TOKENS:
+            asked.append((stored, prompt))
+    return asked
 
 
 def _row(source: str, sample: StoredSample, answer: str, pictures: list[str]) -> dict[str, Any]:

@@ -167,7 +167,7 @@ def score_pack(model: NemotronVL, pack: Pack, layout: Layout, *, forced: Sequenc
 
 
 def _answer_matches(right: Tensor, labels: Tensor, forced: Sequence[list[int]], eos: int) -> bool:
-    """Whether every generated position of every turn of a sample is right."""
+    """Whether every generated position of every turn of a sample is right; never without the end of a turn."""
     ids = labels.tolist()
     start = 0
     while eos in ids[start:]:
@@ -177,4 +177,4 @@ def _answer_matches(right: Tensor, labels: Tensor, forced: Sequence[list[int]], 
             return False
         # The newline after the end of a turn is supervised, but generation has stopped there.
         start = end + 2
-    return True
+    return start > 0

@@ -22,6 +22,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig  # no
 from nemovl_train.model.attention import TorchAttention  # noqa: E402
 
 BACKENDS = ("torch", "te", "auto")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""Formats of the parameters, by their names in configs."""
 
 
 @dataclass(frozen=True, kw_only=True)

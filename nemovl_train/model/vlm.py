@@ -141,8 +141,7 @@ class NemotronVL(MegatronModule):
 
         Args:
             batch: One pack.
-            positions_M: [M] int64, positions that are asked for; all of them when None. Needs every row on this rank,
-                so it does not go with sequence parallelism.
+            positions_M: [M] int64, positions that are asked for; all of them when None.
 
         Returns:
             [S, V] or [M, V] float32.
@@ -152,10 +151,12 @@ class NemotronVL(MegatronModule):
         """
         language = self._language()
         hidden = language.hidden_states(self._embeddings(batch), batch.params)
-        if positions_M is not None:
-            assert not self.layout.sequence_parallel, "positions are of the whole pack"
-            hidden = hidden.index_select(0, positions_M)
-        return language.logits(hidden)
+        if positions_M is None:
+            return language.logits(hidden)
+        if self.layout.sequence_parallel:
+            # The head gathers the rows of all ranks; only then do positions count over the whole pack.
+            return language.logits(hidden).index_select(0, positions_M)
+        return language.logits(hidden.index_select(0, positions_M))
 
     def _language(self) -> LanguageModel:
         assert self.language_model is not None, "this model has no language part"

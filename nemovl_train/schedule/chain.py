@@ -16,6 +16,7 @@ from pathlib import Path
 
 from nemovl_train.config.compose import compose_stage
 from nemovl_train.config.schema import RunConfig, ScheduleConfig
+from nemovl_train.exceptions import ConfigError
 from nemovl_train.exit_codes import ExitCode
 from nemovl_train.parallel.layout import alone, launch_rank, shutdown
 from nemovl_train.report.environment import record_environment
@@ -27,6 +28,7 @@ from nemovl_train.training.folder import StageFolder
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
+EXPORT = "hf"
 
 
 def run(config: ScheduleConfig) -> ExitCode:
@@ -43,6 +45,7 @@ def run(config: ScheduleConfig) -> ExitCode:
     stages = [compose_stage(config, stage) for stage in config.stages]
     entries = [StageEntry(s.run.stage, c.recipe) for s, c in zip(stages, config.stages, strict=True)]
     ledger = Ledger.open(root / "schedule.json", entries)
+    _refuse_orphans(root, [StageFolder.of(stage).path for stage in stages])
     record_environment(root)
     code = _parts(config, root)
     if code != ExitCode.OK:
@@ -57,8 +60,20 @@ def run(config: ScheduleConfig) -> ExitCode:
     shutdown()
     if config.export and launch_rank() == 0:
         with alone():
-            return _publish(root, parent)
+            return _publish(root, parent, ledger)
     return ExitCode.OK
+
+
+def _refuse_orphans(root: Path, folders: list[Path]) -> None:
+    """A stage that was removed is trained again; what came after it has the removed weights, and would be kept."""
+    missing = next((i for i, folder in enumerate(folders) if not (folder / "config.yaml").is_file()), None)
+    if missing is None:
+        return
+    orphans = [path for path in (*folders[missing + 1 :], root / EXPORT) if path.exists()]
+    if orphans:
+        names = ", ".join(str(path) for path in orphans)
+        problem = f"{folders[missing]} is missing, and what was made from it is still there"
+        raise ConfigError([f"{problem}: remove {names} too, or choose another run.name"])
 
 
 def _parts(config: ScheduleConfig, root: Path) -> ExitCode:
@@ -85,15 +100,20 @@ def _stage(config: RunConfig, entry: StageEntry, ledger: Ledger, root: Path) -> 
     return code
 
 
-def _publish(root: Path, checkpoint: Path) -> ExitCode:
+def _publish(root: Path, checkpoint: Path, ledger: Ledger) -> ExitCode:
     """Export the last stage, prove that the folder loads elsewhere, write the report."""
     from nemovl_train.convert.checkpoints import export_checkpoint
     from nemovl_train.convert.verify import verify
     from nemovl_train.report.html import write_report
 
-    out = root / "hf"
-    if not out.exists():
-        export_checkpoint(checkpoint, out)
+    out = root / EXPORT
+    seal = (checkpoint / "COMPLETE").read_text(encoding="utf-8").strip()
+    source = {"checkpoint": str(checkpoint.relative_to(root)), "integrity": seal}
+    if ledger.exported != source or not out.exists():
+        # Replaces the export of a checkpoint that is no longer the chain's last; its verification goes with it.
+        export_checkpoint(checkpoint, out, overwrite=True)
+        ledger.exported = source
+        ledger.write()
     verified = _verified(out) or verify(out, reference=checkpoint)["ok"]
     report = write_report(root)
     if not verified:

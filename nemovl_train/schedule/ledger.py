@@ -40,10 +40,13 @@ class Ledger:
     Attributes:
         path: Where `schedule.json` lives.
         stages: Entries in order.
+        exported: Which checkpoint the exported folder holds: `checkpoint`, its path relative to the run folder, and
+            `integrity`, its seal. None until there is an export.
     """
 
     path: Path
     stages: list[StageEntry] = field(default_factory=list)
+    exported: dict[str, str] | None = None
 
     @classmethod
     def open(cls, path: Path, stages: list[StageEntry]) -> Ledger:
@@ -64,7 +67,7 @@ class Ledger:
                 raise ConfigError(
                     [f"{path.parent} holds another schedule: {old}, this one has {new}", "choose another run.name"]
                 )
-            return cls(path, entries)
+            return cls(path, entries, found.get("exported"))
         ledger = cls(path, stages)
         ledger.write()
         return ledger
@@ -83,5 +86,6 @@ class Ledger:
             return
         with explain_disk_errors(self.path.parent):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-        record = {"format_version": FORMAT_VERSION, "stages": [asdict(e) for e in self.stages]}
+        stages = [asdict(e) for e in self.stages]
+        record = {"format_version": FORMAT_VERSION, "stages": stages, "exported": self.exported}
         replace_text(self.path, json.dumps(record, indent=1))

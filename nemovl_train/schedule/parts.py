@@ -94,7 +94,8 @@ def _make_language(config: ScheduleConfig, root: Path) -> ExitCode:
     out = root / "parts" / "language_hf"
     if out.exists():
         return ExitCode.OK
-    run = compose_run("tiny/parts/language", values={"run.root": config.run.root, "run.name": config.run.name})
+    values = {"run.root": config.run.root, "run.name": config.run.name, "trainer.seed": config.seed}
+    run = compose_run("tiny/parts/language", values=values)
     code = trainer.run(run)
     if code != ExitCode.OK:
         return code

@@ -46,6 +46,7 @@ def pretrain_tower(tower: VisionTower, tiles_T3PP: Tensor, *, seed: int, steps: 
     head = nn.Linear(tower.visual_hidden_size, 3 * patch * patch)
     nn.init.normal_(head.weight, std=0.02, generator=generator)
     nn.init.zeros_(head.bias)
+    head.to(tower.class_token.device)
     optimizer = torch.optim.AdamW(
         [*tower.parameters(), *head.parameters()], betas=(OPTIM.beta1, OPTIM.beta2), weight_decay=OPTIM.weight_decay
     )
@@ -66,8 +67,10 @@ def pretrain_tower(tower: VisionTower, tiles_T3PP: Tensor, *, seed: int, steps: 
 def _hidden_patch_loss(tower: VisionTower, head: nn.Linear, tiles_T3PP: Tensor, generator: torch.Generator) -> Tensor:
     """Squared error of every patch's pixels, predicted from tiles of which a random half is blank."""
     patch, grid = tower.patch_dim, tower.img_h // tower.patch_dim
-    pixels_T3PP = tower.normalize(tiles_T3PP)
-    hidden_T1GG = torch.rand(len(tiles_T3PP), 1, grid, grid, generator=generator) < HIDDEN_SHARE
+    device = tower.class_token.device
+    pixels_T3PP = tower.normalize(tiles_T3PP.to(device))
+    # Drawn on the CPU, so that it is the same on every device.
+    hidden_T1GG = (torch.rand(len(tiles_T3PP), 1, grid, grid, generator=generator) < HIDDEN_SHARE).to(device)
     blanked = pixels_T3PP.masked_fill(hidden_T1GG.repeat_interleave(patch, 2).repeat_interleave(patch, 3), 0.0)
     features_TND = tower(blanked)[:, tower.class_token_len :]
     return F.mse_loss(head(features_TND), _patches(pixels_T3PP, patch))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from nemovl_train.checkpoint import sealed
@@ -27,6 +29,7 @@ class StageFolder:
 
     path: Path
     config: RunConfig
+    _held: ExitStack = field(default_factory=ExitStack, init=False, repr=False, compare=False)
 
     @classmethod
     def of(cls, config: RunConfig) -> StageFolder:
@@ -52,11 +55,17 @@ class StageFolder:
     def claim(self) -> None:
         """Create the folder, or recognise it as this run's and tidy it. Collective.
 
+        The folder is this run's alone until `release`, or until its process ends, however that happens.
+
         Raises:
             ConfigError: Another recipe, or this one with other options that decide the result, lives here.
-            CheckpointError: The folder cannot be written.
+            CheckpointError: The folder cannot be written, or another process uses it.
         """
         on_first_rank(self._claim)
+
+    def release(self) -> None:
+        """Let another process claim the folder. Each rank for itself; without a claim nothing happens."""
+        self._held.close()
 
     def is_done(self) -> bool:
         """All steps are taken and, where asked for, the evaluation is written."""
@@ -68,12 +77,33 @@ class StageFolder:
         return on_first_rank(lambda: sealed.latest(self.checkpoints, run_id=self.run_id))
 
     def _claim(self) -> None:
-        _make(self.path)
+        with explain_disk_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock()
+        _probe(self.path)
         written = self.path / "config.yaml"
-        if written.is_file():
+        # A start that failed before its first step (a misspelt path, say) left nothing worth protecting.
+        if written.is_file() and (self.path / "metrics.jsonl").is_file():
             _refuse_other_run(self.path, self.config)
         replace_text(written, dump_yaml(self.config))
         sealed.clean(self.checkpoints)
+
+    def _lock(self) -> None:
+        """Keep other processes out: two of them would remove each other's half-written checkpoints.
+
+        The file stays when the lock goes: removing it could take the lock away from a process that opened it already.
+        """
+        file = self._held.enter_context((self.path / ".lock").open("a"))
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CheckpointError(
+                f"{self.path} is in use by another process: wait until it ends, or stop it; then run the same command "
+                "again"
+            ) from error
+        except OSError as error:
+            # Some shared file systems have no locks.
+            log.warning("%s cannot be locked (%s): start no second run in it", self.path, error.strerror)
 
 
 def resolve_checkpoint(path: Path) -> Path:
@@ -95,14 +125,15 @@ def _refuse_other_run(path: Path, config: RunConfig) -> None:
     changes = config_diff(load_yaml(RunConfig, path / "config.yaml"), config)
     if changes:
         raise ConfigError(
-            [f"{path} holds another run: {change}" for change in changes]
-            + [f"choose another run.name, or remove {path} to start it again"]
+            [
+                f"{path} holds another run: {change}; choose another run.stage, or remove the folder to start it again"
+                for change in changes
+            ]
         )
 
 
-def _make(path: Path) -> None:
+def _probe(path: Path) -> None:
     probe = path / ".write_probe"
     with explain_disk_errors(path):
-        path.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()

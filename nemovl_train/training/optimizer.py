@@ -24,7 +24,14 @@ from nemovl_train.parallel.layout import Layout
 # isort: split
 # The layout module makes megatron-core importable without CUDA, so it comes first.
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    ParamGroupOverride,
+    ParamKey,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -69,7 +76,11 @@ class Optimizers:
                     pg_collection=groups,
                 )
                 optimizer = get_megatron_optimizer(
-                    self.config, [ddp], use_gloo_process_groups=False, pg_collection=groups
+                    self.config,
+                    [ddp],
+                    config_overrides=_parameter_groups(self.config),
+                    use_gloo_process_groups=False,
+                    pg_collection=groups,
                 )
                 self.sides.append(Side(name, ddp, optimizer, groups))
         self.chained = ChainedOptimizer([side.optimizer for side in self.sides])
@@ -115,9 +126,8 @@ class Optimizers:
         norm = float(self.chained.get_grad_norm())
         if not math.isfinite(norm):
             return norm
-        if self.optim.clip_grad > 0:
-            for side in self.sides:
-                clip_grad_by_total_norm_fp32(side.optimizer.get_parameters(), self.optim.clip_grad, norm)
+        for side in self.sides:
+            clip_grad_by_total_norm_fp32(side.optimizer.get_parameters(), self.optim.clip_grad, norm)
         self.chained.step_with_ready_grads()
         return norm
 
@@ -144,6 +154,19 @@ def _sides(model: NemotronVL, layout: Layout) -> Iterator[tuple[str, nn.Module, 
     visual = {name: getattr(model, name) for name in ("vision_model", "projector") if getattr(model, name) is not None}
     if visual:
         yield "vision", nn.ModuleDict(visual), layout.vision_groups
+
+
+def _parameter_groups(config: OptimizerConfig) -> dict[ParamKey, ParamGroupOverride]:
+    """megatron-core's rule (no decay of vectors), and a group of its own for what stays float32 in a bf16 model.
+
+    megatron-core 0.19.2 moves a group's float32 parameters to its front but then looks each parameter's state up at its
+    old place (`optimizer/distrib_optimizer.py`): in a mixed group a checkpoint would hold another parameter's moments.
+    """
+    groups = get_standard_config_overrides(config)
+    if config.params_dtype != torch.float32:
+        # An override is what makes a group; this one repeats the learning rate that every group gets anyway.
+        groups[ParamKey(name=("*A_log", "*.D"))] = ParamGroupOverride(max_lr=config.lr)
+    return groups
 
 
 def _optimizer_config(optim: OptimConfig, params_dtype: torch.dtype) -> OptimizerConfig:

@@ -16,7 +16,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 class StopRequest:
     """Context in which a stop signal asks for a save instead of killing the process.
 
-    A second signal of the same kind gets Python's usual treatment, so that an impatient Ctrl-C still works.
+    A second Ctrl-C gets Python's usual treatment, so that impatience still works; schedulers may repeat the others.
 
     Args:
         layout: Names the device that the ranks agree on.
@@ -46,4 +46,6 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
-        signal.signal(number, self._previous[self.received])  # type: ignore[arg-type]
+        # Launchers forward what the scheduler has already sent: only a second Ctrl-C is impatience.
+        if number == signal.SIGINT:
+            signal.signal(number, self._previous[self.received])  # type: ignore[arg-type]

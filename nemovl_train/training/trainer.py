@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from nemovl_train.config.schema import RunConfig
 from nemovl_train.evaluation.run import evaluate_stage
 from nemovl_train.exceptions import CheckpointError, UserError
 from nemovl_train.exit_codes import ExitCode
+from nemovl_train.model.backend import DTYPES
 from nemovl_train.model.batch import PackBatch
 from nemovl_train.model.vlm import build_model
 from nemovl_train.parallel.agree import from_every_rank, on_first_rank
@@ -28,11 +30,11 @@ from nemovl_train.training.optimizer import Optimizers
 from nemovl_train.training.signals import StopRequest
 from nemovl_train.training.state import TrainState
 from nemovl_train.training.step import StepResult, forward_backward, train_step
+from nemovl_train.training.token_ids import refuse_other_ids
 
 log = logging.getLogger(__name__)
 
 DEFAULT_THREADS = torch.get_num_threads()
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def run(config: RunConfig) -> ExitCode:
@@ -53,14 +55,15 @@ def run(config: RunConfig) -> ExitCode:
     gc.collect()
     gc.freeze()
     layout = Layout.create(config.parallel, config.model.language)
+    folder = StageFolder.of(config)
     try:
-        folder = StageFolder.of(config)
         folder.claim()
         if on_first_rank(folder.is_done):
             log.info("%s: nothing left to do, %d steps are done", folder.path, config.trainer.steps)
             return ExitCode.OK
         return Trainer(config, folder, layout).fit()
     finally:
+        folder.release()
         layout.destroy()
 
 
@@ -102,7 +105,11 @@ class Trainer:
             `ExitCode.OK`, or `ExitCode.REQUEUE` after a stop signal.
         """
         total, every = self.config.trainer.steps, self.config.checkpoint.every_steps
-        try:
+        # Whatever fails, and even where closing one of them fails, the others are closed.
+        with ExitStack() as closing:
+            closing.callback(self.stream.close)
+            for callback in self.callbacks:
+                closing.callback(callback.close)
             with StopRequest(self.layout) as stop:
                 self._call("on_start")
                 while self.state.step < total:
@@ -123,10 +130,6 @@ class Trainer:
                     if stopping and self.state.step < total:
                         return self._requeue()
                 return self._finish(stop)
-        finally:
-            for callback in self.callbacks:
-                callback.close()
-            self.stream.close()
 
     def save(self) -> None:
         """Publish a checkpoint of this step and drop the oldest ones. Collective."""
@@ -159,13 +162,14 @@ class Trainer:
         restored = TrainState.from_json(raw, folder / "state.json")
         for name in ("seed", "config_hash"):
             if getattr(restored, name) != getattr(self.state, name):
-                raise CheckpointError(f"{folder}: {name} differs from this run's; choose another run.name")
+                raise CheckpointError(f"{folder}: {name} differs from this run's; choose another run.stage")
         if sealed.step_folder(self.folder.checkpoints, restored.step) != folder:
             raise CheckpointError(f"{folder} holds step {restored.step}: it was renamed; give it its name back")
         self.state = restored
         log.info("%s: continuing after step %d from %s", self.folder.path, restored.step, folder.name)
 
     def _open_stream(self) -> PackStream:
+        refuse_other_ids(self.config.model, self.config.data.tokenizer)
         stream = PackStream(
             self.config.data,
             tokens_per_tile=self.config.model.tokens_per_tile,
@@ -221,12 +225,15 @@ class Trainer:
         return ExitCode.REQUEUE
 
     def _finish(self, stop: StopRequest) -> ExitCode:
+        if self.config.evaluation.sources:
+            log.info("%s: evaluating %d held-out sets", self.folder.path, len(self.config.evaluation.sources))
         evaluated = evaluate_stage(
             self.model, self.config, self.layout, self.folder.path, self.state.step, interrupted=stop.agreed
         )
         if evaluated is None:
             return self._requeue()
         self._call("on_end")
+        log.info("%s: done after %d steps", self.folder.path, self.state.step)
         # Asked to stop too late to matter for this stage, but not for what would come after it.
         return ExitCode.REQUEUE if stop.agreed() else ExitCode.OK
 

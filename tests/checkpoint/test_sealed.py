@@ -28,7 +28,7 @@ class Model:
     def __init__(self, value, size=3):
         self.tensors = {"a": torch.full((size, 5), float(value)), "b": torch.arange(4.0) * value}
 
-    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+    def sharded_state_dict(self):
         return {name: ShardedTensor.from_rank_offsets(name, tensor) for name, tensor in self.tensors.items()}
 
     def load_state_dict(self, state_dict, strict=True):

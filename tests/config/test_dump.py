@@ -60,6 +60,8 @@ def test_hash_and_diff_see_what_decides_the_result():
     assert config_hash(a, ignore=()) != config_hash(harmless, ignore=())
     assert config_hash(a) != config_hash(other)
     assert config_diff(a, harmless) == []
+    # A recipe's data and tokenizer lie under it, so a run cannot move.
+    assert "run.root" in [change.key for change in config_diff(a, compose_run(STAGE, values={"run.root": "x"}))]
     changes = {change.key: (change.old, change.new) for change in config_diff(a, other)}
     assert changes["optim.lr"] == (a.optim.lr, 5e-4)
     assert changes["data.sources.extra.path"] == (None, "x")

@@ -165,6 +165,30 @@ def test_prompt_equals_the_one_of_training(images: int, question: str, system: s
 
 
 @pytest.mark.parametrize(
+    "texts",
+    [
+        ["<ima", "ge> x"],
+        ["<im/thinkage> x"],
+        ["<im/no/think_thinkage> x"],
+        ["<ima</think>ge>", "<image>"],
+        ["/think", "</", "think>"],
+    ],
+)
+def test_tags_are_counted_as_in_training(texts: list[str]) -> None:
+    content = [{"type": "image", "image": "0.png"}, *({"type": "text", "text": text} for text in texts)]
+    messages = [{"role": "user", "content": content}]
+    tokenizer = Characters()
+    layouts = [MediaLayout(kind="image", grid=(1, 1), thumbnail=False)]
+    ids = encode_prompt({"id": "r", "messages": messages}, layouts, tokenizer, tokens_per_tile=1).input_ids.tolist()  # type: ignore[arg-type]
+    assert tokenizer.decode(ids).replace("<img><image></img>", "<image>") == render(messages)
+
+
+def test_a_count_that_training_refuses_is_refused() -> None:
+    with pytest.raises(jinja2.TemplateError, match=r"2 <image> in the text of a message with 1 image"):
+        render([user("<image> <im/thinkage>", images=1)])
+
+
+@pytest.mark.parametrize(
     ("questions", "answers"),
     [
         (("a", "b", "c"), ("1", "2")),

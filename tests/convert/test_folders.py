@@ -10,11 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from nemovl_train.checkpoint.files import sha256
 from nemovl_train.convert import hf_export
 from nemovl_train.convert.hf_config import read_config
 from nemovl_train.convert.hf_export import MANIFEST, export_canonical
-from nemovl_train.convert.hf_import import HFFolder, import_folder
-from nemovl_train.convert.tensor_files import INDEX, SINGLE, file_hash
+from nemovl_train.convert.hf_import import HFFolder
+from nemovl_train.convert.tensor_files import INDEX, SINGLE
 from nemovl_train.exceptions import ConversionError
 
 from .tiny import CONFIG, random_tensors
@@ -23,7 +24,7 @@ KINDS = ("vlm", "language", "vision")
 
 
 def weights(folder: Path) -> dict[str, str]:
-    return {p.name: file_hash(p) for p in folder.glob("*.safetensors*")}
+    return {p.name: sha256(p) for p in folder.glob("*.safetensors*")}
 
 
 @pytest.fixture
@@ -119,7 +120,7 @@ def test_shards_and_index(tmp_path: Path, folders: dict[str, Path]) -> None:
     parts = {n: t for f in files for n, t in load_file(out / f).items()}
     assert parts.keys() == whole.keys()
     assert all(torch.equal(parts[n], t) for n, t in whole.items())
-    assert all(torch.equal(t, random_tensors()[n]) for n, t in import_folder(out)[1])
+    assert all(torch.equal(t, random_tensors()[n]) for n, t in HFFolder(out).tensors())
 
 
 def test_bf16_export_keeps_states_in_float32(tmp_path: Path) -> None:
@@ -167,7 +168,7 @@ def test_swapped_tensors_of_one_shape_are_caught_by_hash(folders: dict[str, Path
     tensors[a], tensors[b] = tensors[b], tensors[a]
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(ConversionError, match=r"layers\.3\.mixer\.[kv]_proj\.weight is not the one that was exported"):
-        dict(import_folder(tmp_path / "x")[1])
+        dict(HFFolder(tmp_path / "x").tensors())
 
 
 def test_pickles_and_code_of_a_stranger_are_never_run(folders: dict[str, Path], copy: Path) -> None:
@@ -178,12 +179,12 @@ def test_pickles_and_code_of_a_stranger_are_never_run(folders: dict[str, Path], 
     classes = {k: f"modeling.{k}" for k in ("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoProcessor")}
     rewrite(copy, auto_map=classes)
     (copy / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch " + str(sentinel).encode() + b"'\ntR.")
-    config, tensors = import_folder(copy)
-    assert config == CONFIG
-    assert len(dict(tensors)) == len(random_tensors())
+    folder = HFFolder(copy)
+    assert folder.config == CONFIG
+    assert len(dict(folder.tensors())) == len(random_tensors())
     (copy / SINGLE).unlink()
     with pytest.raises(ConversionError, match=r"pytorch_model\.bin, a pickle"):
-        import_folder(copy)
+        HFFolder(copy)
     assert not sentinel.exists()
     assert not any(str(copy) in str(getattr(m, "__file__", "")) for m in list(sys.modules.values()))
 
@@ -191,17 +192,17 @@ def test_pickles_and_code_of_a_stranger_are_never_run(folders: dict[str, Path], 
 def test_index_cannot_point_outside(copy: Path) -> None:
     (copy / INDEX).write_text(json.dumps({"weight_map": {"x": "../../secret.safetensors"}}))
     with pytest.raises(ConversionError, match=r"secret\.safetensors"):
-        import_folder(copy)
+        HFFolder(copy)
     (copy / INDEX).write_text(json.dumps({"weight_map": {"x": SINGLE}}))
     with pytest.raises(ConversionError, match="disagree"):
-        import_folder(copy)
+        HFFolder(copy)
 
 
 def test_truncated_weights_are_refused(copy: Path) -> None:
     data = (copy / SINGLE).read_bytes()
     (copy / SINGLE).write_bytes(data[: len(data) // 2])
     with pytest.raises(ConversionError, match="cannot be read as safetensors"):
-        import_folder(copy)
+        HFFolder(copy)
 
 
 @pytest.mark.parametrize(
@@ -234,4 +235,4 @@ def test_model_card_says_what_opens_the_folder(folders: dict[str, Path]) -> None
     text = (folders["vlm"] / "README.md").read_text()
     assert "**recipe**: test" in text
     assert "transformers_omni" in text
-    assert file_hash(folders["vlm"] / SINGLE) in text
+    assert sha256(folders["vlm"] / SINGLE) in text

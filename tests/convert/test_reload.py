@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemovl_train.convert.hf_import import HFFolder, import_folder
+from nemovl_train.convert.hf_import import HFFolder
 from nemovl_train.convert.reload_check import main
 from nemovl_train.convert.tensor_files import read_json
 from nemovl_train.convert.verify import expected_reports
@@ -50,9 +50,9 @@ def test_what_save_pretrained_wrote_can_be_imported(folders: dict[str, Path], tm
     """Transformers writes layer types instead of the pattern; the tensors are the same."""
     model = transformers.NemotronHForCausalLM.from_pretrained(folders["language"], local_files_only=True)
     model.save_pretrained(tmp_path)
-    config, tensors = import_folder(tmp_path)
-    assert config.language.hybrid_pattern == CONFIG.language.hybrid_pattern
+    folder = HFFolder(tmp_path)
+    assert folder.config.language.hybrid_pattern == CONFIG.language.hybrid_pattern
     expected = random_tensors(kind="language")
-    found = dict(tensors)
+    found = dict(folder.tensors())
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[n], t) for n, t in expected.items())

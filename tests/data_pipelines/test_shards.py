@@ -3,6 +3,7 @@ import json
 import pickle
 import tarfile
 
+import pyarrow.parquet as pq
 import pytest
 import webdataset
 
@@ -107,6 +108,29 @@ def test_other_tokenizer_rules_or_version_are_refused(mixed_folder, other_tokeni
         Dataset.open(mixed_folder, "dev")
     with pytest.raises(DataError, match="no dataset at"):
         Dataset.open(mixed_folder / "nowhere", "train")
+
+
+def test_a_changed_or_missing_manifest_is_refused(tmp_path, write, mixed_samples):
+    folder = write(tmp_path / "d", mixed_samples(4))
+    manifest = folder / "train.parquet"
+    table = pq.read_table(manifest)
+    manifest.unlink()
+    pq.write_table(table, manifest, compression="none")
+    with pytest.raises(DataError, match=r"train\.parquet is not the file that dataset\.json describes.*copy or write"):
+        Dataset.open(folder, "train")
+    manifest.unlink()
+    with pytest.raises(DataError, match=r"train\.parquet is missing; copy or write"):
+        Dataset.open(folder, "train")
+
+
+@pytest.mark.parametrize("name", ["../train-00000.tar", "/etc/passwd", "..", "", "sub/x.tar", None])
+def test_shard_names_are_plain(tmp_path, write, mixed_samples, name):
+    folder = write(tmp_path / "d", mixed_samples(2))
+    info = json.loads((folder / "dataset.json").read_text())
+    info["splits"]["train"]["shards"][0]["name"] = name
+    (folder / "dataset.json").write_text(json.dumps(info))
+    with pytest.raises(DataError, match=r"dataset\.json names the file .*expected a plain file name"):
+        Dataset.open(folder, "train")
 
 
 def test_damage_is_found(tmp_path, write, mixed_samples):

@@ -165,6 +165,30 @@ def test_count_mismatch_names_record_and_counts(tokenizer, record, tags, images)
         encode_record(bad, [ONE] * images, tokenizer, tokens_per_tile=TPT)
 
 
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        (["<ima", "ge> x"], "<img>{4}</img>\n<image> x"),
+        (["<im/thinkage> x"], "<img>{4}</img> x"),
+        (["<ima</think>ge>", "<image>"], "<ima</think>ge><img>{4}</img>"),
+        (["a <ima", "<image>", "ge>"], "a <ima<img>{4}</img>ge>"),
+    ],
+)
+def test_tags_are_counted_item_by_item_without_switches(tokenizer, texts, expected):
+    items = [{"type": "image", "image": "i.png"}, *({"type": "text", "text": text} for text in texts)]
+    sample = encode_record(talk(items, "x"), [ONE], tokenizer, tokens_per_tile=TPT)
+    assert (sample.input_ids == tokenizer.special("<image>")).sum() == TPT
+    # `show` writes words and specials alike: a lone <image> that is words becomes {1}.
+    shown = show(sample, tokenizer).split("<SPECIAL_11>User\n")[1].split("\n<SPECIAL_11>Assistant")[0]
+    assert shown.replace("{1}", "<image>") == expected
+
+
+def test_a_tag_that_a_switch_leaves_behind_counts(tokenizer):
+    items = [{"type": "image", "image": "i.png"}, {"type": "text", "text": "<image> <im/thinkage>"}]
+    with pytest.raises(DataError, match="2 <image> in the text but 1 image"):
+        encode_record(talk(items, "x"), [ONE], tokenizer, tokens_per_tile=TPT)
+
+
 @pytest.mark.parametrize(("system", "ending"), [("", "<think></think>"), ("/think", "<think>\n")])
 def test_prompt_is_a_prefix_of_what_training_saw(tokenizer, record, system, ending):
     trained = record("r", "what?", "<think>\nhm\n</think>x" if system else "x", images=1)

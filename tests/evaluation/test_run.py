@@ -1,5 +1,6 @@
 """Teacher-forced scores against what they stand for: real greedy answers, and sums of cross entropy."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,10 +11,11 @@ import torch
 from data_pipelines.config import DataConfig, SourceConfig
 from data_pipelines.loader import heldout_packs
 from data_pipelines.schema import Pack
-from data_pipelines.shards import write_dataset
+from data_pipelines.shards import Dataset, write_dataset
 from data_pipelines.template import NO_TRACE, TRACE_START
 from data_pipelines.tokenizer import TextTokenizer
 from nemovl_train.config.schema import EvalConfig, ParallelConfig, RunConfig
+from nemovl_train.evaluation.predictions import write_predictions
 from nemovl_train.evaluation.run import Score, evaluation_data, score_pack, score_source
 from nemovl_train.inference.generate import generate
 from nemovl_train.inference.prompt import Prompt, build_prompt, pack_prompts
@@ -136,6 +138,36 @@ def test_every_turn_of_a_sample_must_match(model, layout, tokenizer, monkeypatch
     score = score_pack(model, first, layout, forced=[], eos=eos)
     both = score_pack(model, replace(first, labels=labels), layout, forced=[], eos=eos)
     assert (score.matches, both.matches, both.samples) == (1, 0, 1)
+
+
+def test_a_sample_without_the_end_of_a_turn_matches_nothing(model, layout, tokenizer):
+    """All of its tokens are right, but generation would not have stopped there."""
+    prompt = build_prompt(small_vlm.question("what is this?"), {}, tokenizer, small_vlm.RULES)
+    written = generate(model, [prompt], device=layout.device, max_new_tokens=NEW_TOKENS)[0]
+    absent = next(i for i in range(300) if i not in written)
+    assert score_pack(model, finished(prompt, written, [], 0), layout, forced=[], eos=absent).matches == 0
+
+
+def test_a_damaged_picture_is_left_out_of_the_predictions(model, layout, tokenizer, tmp_path, caplog):
+    media = {"tile_size": 64, "max_tiles": 4, "max_frames": 8}
+    rows = [
+        (small_vlm.question("what?", images=1, answer="a", key=f"i{i}"), {"0.png": small_vlm.picture(i)})
+        for i in range(3)
+    ]
+    folder = write_dataset(tmp_path / "set", {"heldout": rows}, name="set", tokenizer=tokenizer.path.parent, **media)
+    place = Dataset.open(folder, "heldout").row(1)["media"][0]
+    with (folder / "heldout-00000.tar").open("r+b") as shard:
+        shard.seek(place["offset"])
+        shard.write(bytes(place["size"]))
+    config = RunConfig(
+        model=small_vlm.CONFIG,
+        data=DataConfig(tokenizer=str(tokenizer.path.parent), **media),
+        evaluation=EvalConfig(sources={"pictures": str(folder)}, seq_length=160, predictions=3),
+    )
+    write_predictions(model, config, evaluation_data(config), tokenizer, layout, tmp_path)
+    found = json.loads((tmp_path / "predictions.json").read_text())
+    assert [row["key"] for row in found] == ["i0", "i2"]
+    assert "no prediction for sample 'i1' of pictures" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["text", "image"])

@@ -115,6 +115,26 @@ def test_uv_is_asked_last(machine: Machine):
     assert str(real) in machine.called("-m venv")[0]
 
 
+def test_uv_downloads_only_where_nothing_else_was_found(machine: Machine):
+    real = machine.home / "uv" / "python3.12"
+    uv = f"""#!/usr/bin/env bash
+echo "uv $*" >>"$CALLS"
+[ "$2" != install ] || cp '{machine.home}/download' '{real}'
+[ "$2" != find ] || {{ [ -e '{real}' ] && echo '{real}'; }}
+"""
+    machine.put(machine.bin / "uv", uv)
+    machine.put(machine.home / "download", WORKING)
+    real.parent.mkdir()
+    machine.put(machine.bin / "python3.12", WORKING)
+    assert machine.run().returncode == 0
+    assert machine.called("uv ") == []
+    shutil.rmtree(machine.checkout / ".venv")
+    (machine.bin / "python3.12").unlink()
+    assert machine.run().returncode == 0
+    assert len(machine.called("uv python install 3.12")) == 1
+    assert str(real) in machine.called("-m venv")[0]
+
+
 def test_a_named_interpreter_is_used(machine: Machine):
     named = machine.home / "my python"
     machine.put(named, WORKING)

@@ -1,4 +1,4 @@
-"""Tower and projector under tensor parallelism of the language model, on two CPU processes."""
+"""The whole model under tensor and sequence parallelism of its language part, on two CPU processes."""
 
 import os
 from pathlib import Path
@@ -16,14 +16,20 @@ from nemovl_train.parallel.layout import Layout
 VISUAL = ("vision_model.", "projector.")
 
 
-def visual_gradients(layout: Layout) -> dict[str, torch.Tensor]:
-    """Gradients of tower and projector, summed over all processes as their DDP does."""
+POSITIONS = (3, 10, 24, 40)
+
+
+def outcome(layout: Layout) -> dict[str, torch.Tensor]:
+    """Gradients of tower and projector, summed over all processes as their DDP does, and logits at some positions."""
     model = build_model(TINY, layout, params_dtype=torch.float32, backend="torch", seed=7).train()
     pack = make_pack([Sample.random(10, text=(5, 20), tiles=(2,))], 64)
-    model(PackBatch.from_pack(pack, layout.device)).sum().backward()
+    batch = PackBatch.from_pack(pack, layout.device)
+    model(batch).sum().backward()
     found = {name: p.grad for name, p in model.named_parameters() if name.startswith(VISUAL)}
     for gradient in found.values():
         dist.all_reduce(gradient)
+    with torch.no_grad():
+        found["logits"] = model.logits(batch, torch.tensor(POSITIONS))
     return found
 
 
@@ -32,20 +38,21 @@ def worker(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
     for sequence_parallel in (False, True):
         layout = Layout.create(ParallelConfig(tp=2, sequence_parallel=sequence_parallel))
-        found = visual_gradients(layout)
+        found = outcome(layout)
         if rank == 0:
             torch.save(found, f"{folder}/{sequence_parallel}.pt")
         layout.destroy()
     dist.destroy_process_group()
 
 
-def test_gradients_are_not_multiplied_by_tensor_parallel_ranks(layout, tmp_path: Path, monkeypatch):
-    """Every rank of the language model holds the whole gradient of the visual tokens: summed, it would count twice."""
-    expected = visual_gradients(layout)
+def test_two_ranks_equal_one_process(layout, tmp_path: Path, monkeypatch):
+    """Every rank holds the whole gradient of the visual tokens, which summed would count twice; logits at positions of
+    the whole pack come out although every rank holds half of its rows."""
+    expected = outcome(layout)
     monkeypatch.setitem(os.environ, "OMP_NUM_THREADS", "1")
     torch.multiprocessing.spawn(worker, (str(tmp_path),), nprocs=2)
     for sequence_parallel in (False, True):
         found = torch.load(tmp_path / f"{sequence_parallel}.pt")
         assert found.keys() == expected.keys()
-        for name, gradient in found.items():
-            assert relative_difference(gradient, expected[name]) < 1e-5, (sequence_parallel, name)
+        for name, value in found.items():
+            assert relative_difference(value, expected[name]) < 1e-5, (sequence_parallel, name)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from nemovl_train.exceptions import CheckpointError, ConfigError
 from nemovl_train.exit_codes import ExitCode
 from nemovl_train.report import html
 from nemovl_train.schedule import chain
+from nemovl_train.schedule.ledger import Ledger
 from nemovl_train.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
@@ -211,8 +213,10 @@ class Published:
         monkeypatch.setattr(convert_verify, "verify", self.verify)
         monkeypatch.setattr(html, "write_report", self.report)
 
-    def export(self, source, out):
+    def export(self, source, out, *, overwrite):
+        assert overwrite
         self.calls.append("export")
+        shutil.rmtree(out, ignore_errors=True)
         out.mkdir()
 
     def verify(self, out, *, reference):
@@ -228,16 +232,51 @@ class Published:
 
 def test_publication_is_done_once_and_a_failed_verification_is_a_failure(tmp_path, monkeypatch, caplog):
     published = Published(monkeypatch, ok=False)
-    checkpoint = tmp_path / "second" / "checkpoints" / "step_00000004"
-    assert chain._publish(tmp_path, checkpoint) == ExitCode.FAILED
+    checkpoint = sealed_checkpoint(tmp_path, "a")
+
+    def publish():
+        return chain._publish(tmp_path, checkpoint, Ledger.open(tmp_path / "schedule.json", []))
+
+    assert publish() == ExitCode.FAILED
     assert str(tmp_path / "hf" / "verification.md") in caplog.text
-    assert chain._publish(tmp_path, checkpoint) == ExitCode.FAILED
+    assert publish() == ExitCode.FAILED
     published.ok = True
     (tmp_path / "hf" / "verification.json").write_text('{"ok": tr')  # cut off
-    assert chain._publish(tmp_path, checkpoint) == ExitCode.OK
-    assert chain._publish(tmp_path, checkpoint) == ExitCode.OK
+    assert publish() == ExitCode.OK
+    assert publish() == ExitCode.OK
     verify_and_report = ["verify", "report"]
     assert published.calls == ["export", *verify_and_report, *verify_and_report, *verify_and_report, "report"]
+
+
+def sealed_checkpoint(root, seal):
+    checkpoint = root / "second" / "checkpoints" / "step_00000004"
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    (checkpoint / "COMPLETE").write_text(f"{seal}\n")
+    return checkpoint
+
+
+def test_the_export_of_another_checkpoint_is_replaced_and_verified_again(tmp_path, monkeypatch):
+    published = Published(monkeypatch, ok=True)
+    for seal, calls in (("a", 3), ("a", 1), ("b", 3), ("b", 1)):
+        published.calls.clear()
+        ledger = Ledger.open(tmp_path / "schedule.json", [])
+        assert chain._publish(tmp_path, sealed_checkpoint(tmp_path, seal), ledger) == ExitCode.OK
+        assert published.calls == ["export", "verify", "report"][-calls:]
+        assert ledger.exported == {"checkpoint": "second/checkpoints/step_00000004", "integrity": seal}
+
+
+@pytest.mark.parametrize("left", [["second"], ["hf"], ["second", "hf"]])
+def test_what_was_made_from_a_removed_stage_is_refused(recipe, tmp_path, monkeypatch, left):
+    monkeypatch.setattr(chain, "prepare_parts", None)
+    run = tmp_path / "runs" / "chain"
+    for name in left:
+        (run / name).mkdir(parents=True)
+        (run / name / "config.yaml").touch()
+    with pytest.raises(ConfigError) as error:
+        chain.run(compose(recipe, tmp_path / "runs"))
+    text = str(error.value)
+    assert f"{run / 'first'} is missing" in text
+    assert f"remove {', '.join(str(run / name) for name in left)} too, or choose another run.name" in text
 
 
 DRIVER = """

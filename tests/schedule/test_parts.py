@@ -8,6 +8,7 @@ import tiny_runs
 import torch
 from small_schedule import compose, write_recipes
 
+from nemovl_train.config.compose import compose_run
 from nemovl_train.config.schema import ParallelConfig
 from nemovl_train.convert.hf_import import HFFolder
 from nemovl_train.exit_codes import ExitCode
@@ -60,11 +61,20 @@ def test_the_language_model_is_made_once_and_a_stop_is_handed_on(schedule, data,
     language = replace(tiny_runs.MODEL.language, vocab_size=tiny_runs.BASE_VOCAB)
     run = tiny_runs.run_config(data, tmp_path, sources=("text",), steps=2, train=("language",))
     run = replace(run, model=replace(run.model, parts=("language",), language=language))
-    monkeypatch.setattr(module, "compose_run", lambda name, values: run)
+    asked = {}
+
+    def composed(name, values):
+        asked.update(values)
+        return run
+
+    monkeypatch.setattr(module, "compose_run", composed)
     monkeypatch.setattr(module, "base_tokenizer", lambda source, out: tiny_runs.write_tokenizer(out, tags=()))
+    schedule = replace(schedule, seed=77)
     with monkeypatch.context() as stopped:
         stopped.setattr(Trainer, "fit", lambda self: ExitCode.REQUEUE)
         assert module._make_language(schedule, tmp_path) == ExitCode.REQUEUE
+    assert asked["trainer.seed"] == 77
+    assert compose_run("tiny/parts/language", values=asked).trainer.seed == 77
     assert not (tmp_path / "parts" / "language_hf").exists()
     assert module._make_language(schedule, tmp_path) == ExitCode.OK
     assert HFFolder(tmp_path / "parts" / "language_hf").kind == "language"

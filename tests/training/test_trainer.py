@@ -1,6 +1,7 @@
 """What a run does with its folder, its parent and steps that are not finite."""
 
 import errno
+import fcntl
 import json
 import math
 from dataclasses import replace
@@ -17,6 +18,7 @@ from nemovl_train.exceptions import CheckpointError, ConfigError, UserError
 from nemovl_train.exit_codes import ExitCode
 from nemovl_train.training import trainer
 from nemovl_train.training.folder import StageFolder
+from nemovl_train.training.token_ids import refuse_other_ids
 
 
 @pytest.fixture
@@ -54,7 +56,7 @@ def test_options_that_decide_nothing_may_change_and_others_are_refused_with_thei
     text = str(error.value)
     assert "optim.lr: 0.003 -> 0.5" in text
     assert "trainer.seed: 1234 -> 7" in text
-    assert "choose another run.name" in text
+    assert "choose another run.stage" in text
     assert load_yaml(RunConfig, StageFolder.of(config).path / "config.yaml").optim.lr == 0.003
 
 
@@ -179,3 +181,89 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_the_run_goes_on_later(confi
     monkeypatch.undo()
     assert trainer.run(config) == ExitCode.OK
     assert [row["step"] for row in running.rows(config)] == [1, 2, 3]
+
+
+class Closed:
+    """Notes what a run closes; the line of progress fails at it."""
+
+    def __init__(self, run, *, failing):
+        self.names = []
+        metrics, progress = run.callbacks
+        for name, thing in (("metrics", metrics), ("progress", progress), ("stream", run.stream)):
+            thing.close = self._noting(name, thing.close, failing=failing and name == "progress")
+
+    def _noting(self, name, close, *, failing):
+        def noted():
+            self.names.append(name)
+            close()
+            if failing:
+                raise OSError(errno.EIO, "the terminal is gone")
+
+        return noted
+
+
+def test_a_full_disk_under_the_metrics_says_so_and_everything_is_closed(config):
+    def prepare(run):
+        metrics = run.callbacks[0]
+        start = metrics.on_start
+
+        def on_a_full_disk(trainer):
+            start(trainer)
+            metrics.metrics.close()
+            metrics.metrics = Path("/dev/full").open("a", buffering=1)  # noqa: SIM115 (the callback closes it)
+
+        metrics.on_start = on_a_full_disk
+        prepare.closed = Closed(run, failing=False)
+
+    with pytest.raises(CheckpointError, match=r"no space left in .*run the same command again"):
+        running.run(config, prepare)
+    assert sorted(prepare.closed.names) == ["metrics", "progress", "stream"]
+
+
+def test_closing_goes_on_after_a_failure(config):
+    def prepare(run):
+        prepare.closed = Closed(run, failing=True)
+
+    with pytest.raises(OSError, match="the terminal is gone"):
+        running.run(config, prepare)
+    assert sorted(prepare.closed.names) == ["metrics", "progress", "stream"]
+
+
+def test_a_folder_in_use_is_refused_and_free_again_afterwards(config):
+    def second_process(run):
+        with pytest.raises(CheckpointError, match="is in use by another process: wait until it ends, or stop it"):
+            StageFolder.of(config).claim()
+
+    assert running.run(config, second_process).code == ExitCode.OK
+    assert trainer.run(config) == ExitCode.OK
+    other = replace(config, optim=replace(config.optim, lr=0.5))
+    with pytest.raises(ConfigError):
+        trainer.run(other)
+    assert trainer.run(config) == ExitCode.OK
+
+
+def test_a_file_system_without_locks_is_used_with_a_warning(config, monkeypatch, caplog):
+    def refuse(*args):
+        raise OSError(errno.EOPNOTSUPP, "not supported")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert trainer.run(config) == ExitCode.OK
+    assert "cannot be locked (not supported)" in caplog.text
+
+
+def test_ids_that_the_tokenizer_does_not_have_are_all_named(config):
+    tokens = replace(config.model.tokens, eos=11, image_end=5)
+    with pytest.raises(ConfigError) as error:
+        trainer.run(replace(config, model=replace(config.model, tokens=tokens)))
+    text = str(error.value)
+    assert "model.tokens.eos=11: " in text
+    assert "has <SPECIAL_12> at 12" in text
+    assert "model.tokens.image_end=5: " in text
+    assert "model.tokens.pad" not in text
+
+
+def test_media_ids_do_not_matter_without_a_tower(config):
+    tokens = replace(config.model.tokens, image=7)
+    with pytest.raises(ConfigError, match=r"model\.tokens\.image=7"):
+        refuse_other_ids(replace(config.model, tokens=tokens), config.data.tokenizer)
+    refuse_other_ids(replace(config.model, tokens=tokens, parts=("language",)), config.data.tokenizer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -95,7 +96,10 @@ class MetricsFile(Callback):
     def close(self) -> None:
         """Close the file."""
         if self.metrics is not None:
-            self.metrics.close()
+            # Every row was flushed when it was written. What is left is one that the disk refused: closing tries it
+            # again, and that error would take the place of the one that says what to do.
+            with suppress(OSError):
+                self.metrics.close()
 
     def _event(self, trainer: Trainer, kind: str, **fields: Any) -> None:
         row = {"time": time.time(), "event": kind, "step": trainer.state.step, **fields}
