@@ -83,7 +83,7 @@ def test_world_sizes(base: RunConfig):
     assert "at least 1" in world_problems(base, 0)[0]
     two = changed(base, "parallel.tp", 2)
     assert "3 processes" in world_problems(two, 3)[0]
-    assert "use at least 16, or at most 8 processes" in world_problems(base, 16)[0]
+    assert "use at least 16, or at most 4 processes" in world_problems(base, 16)[0]
 
 
 @pytest.mark.parametrize("name", ["nano_12b_v2_vl", "nano_8b_v1_vl"])
