@@ -83,7 +83,8 @@ class StageFolder:
         _probe(self.path)
         written = self.path / "config.yaml"
         # A start that failed before its first step (a misspelt path, say) left nothing worth protecting.
-        if written.is_file() and (self.path / "metrics.jsonl").is_file():
+        started = (self.path / "metrics.jsonl").is_file() or bool(sealed.published(self.checkpoints))
+        if started and written.is_file():
             _refuse_other_run(self.path, self.config)
         replace_text(written, dump_yaml(self.config))
         sealed.clean(self.checkpoints)

@@ -60,6 +60,20 @@ def test_options_that_decide_nothing_may_change_and_others_are_refused_with_thei
     assert load_yaml(RunConfig, StageFolder.of(config).path / "config.yaml").optim.lr == 0.003
 
 
+def test_a_start_that_failed_before_its_first_step_leaves_the_folder_to_the_corrected_one(config, tmp_path):
+    misspelt = replace(config, trainer=replace(config.trainer, init_from=str(tmp_path / "nowhere")))
+    with pytest.raises(CheckpointError, match="no complete checkpoint here"):
+        trainer.run(misspelt)
+    assert trainer.run(config) == ExitCode.OK
+
+
+def test_a_run_whose_metrics_are_gone_is_still_not_overwritten(config):
+    trainer.run(config)
+    (StageFolder.of(config).path / "metrics.jsonl").unlink()
+    with pytest.raises(ConfigError, match=r"optim\.lr: 0\.003 -> 0\.5"):
+        trainer.run(replace(config, optim=replace(config.optim, lr=0.5)))
+
+
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
 def test_a_folder_that_cannot_be_written(config, monkeypatch, number):
     def refuse(self, *args, **kwargs):
