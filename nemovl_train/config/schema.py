@@ -131,11 +131,20 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """Sizes of the language model's parallel axes; data parallel is what remains of the processes."""
+    """Sizes of the language model's parallel axes; data parallel is what remains of the processes.
+
+    Attributes:
+        tp: Ranks that share every layer's heads and columns.
+        cp: Ranks that share a pack's tokens.
+        sequence_parallel: Split the residual stream between layers over the tensor parallel ranks as well.
+        mamba_context: With cp > 1, `state_passing` scans every rank's own tokens and hands states on; `head_exchange`
+            turns token shares into head shares and back.
+    """
 
     tp: int = 1
     cp: int = 1
     sequence_parallel: bool = False
+    mamba_context: str = "state_passing"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +173,9 @@ class OptimConfig:
         clip_grad: Largest global gradient norm.
         loss_divisor: `global` divides by the step's weight sum; `pack` gives every pack with supervision equal weight.
         distributed: Shard optimizer state over data parallel ranks (megatron-core's distributed optimizer).
+        overlap_grad_reduce: Reduce the language model's gradients while its backward pass still runs.
+        overlap_param_gather: Collect its updated weights while the next forward pass already runs; needs `distributed`
+            and `overlap_grad_reduce`.
     """
 
     lr: float = 2e-5
@@ -176,6 +188,8 @@ class OptimConfig:
     clip_grad: float = 1.0
     loss_divisor: str = "global"
     distributed: bool = True
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ POSITIONS = ("none", "rope")
 VISION_ACTIVATIONS = ("gelu", "gelu_tanh")
 PARAMS = ("fp32", "bf16")
 BACKENDS = ("auto", "te", "torch")
+MAMBA_CONTEXTS = ("state_passing", "head_exchange")
 DIVISORS = ("global", "pack")
 MAKERS = ("none", "tiny")
 PIXEL_SHUFFLE = 2
@@ -234,6 +235,11 @@ def _precision_and_optim(config: RunConfig) -> Iterator[str]:
     yield from _at_least("optim.weight_decay", optim.weight_decay, 0)
     yield from _positive("optim.clip_grad", optim.clip_grad)
     yield from _choice("optim.loss_divisor", optim.loss_divisor, DIVISORS)
+    if optim.overlap_param_gather and not (optim.distributed and optim.overlap_grad_reduce):
+        yield (
+            "optim.overlap_param_gather=true needs optim.distributed=true and optim.overlap_grad_reduce=true; "
+            "set both, or optim.overlap_param_gather=false"
+        )
 
 
 def _trainer(config: RunConfig) -> Iterator[str]:
@@ -271,6 +277,7 @@ def _rest(config: RunConfig) -> Iterator[str]:
 
 def _layout(config: RunConfig) -> Iterator[str]:
     parallel = config.parallel
+    yield from _choice("parallel.mamba_context", parallel.mamba_context, MAMBA_CONTEXTS)
     group = parallel.tp * parallel.cp
     found = layout_problems(parallel, max(group, 1), config.model.language)
     yield from found

@@ -77,7 +77,7 @@ def _logits(model: NemotronVL, config: ModelConfig, ids: Tensor, probe: Probe | 
         dataset_ids=("probe",),
         stats={},
     )
-    return model.logits(PackBatch.from_pack(pack, next(model.parameters()).device))[:length]
+    return model.logits(PackBatch.from_pack(pack, model.layout))[:length]
 
 
 if __name__ == "__main__":

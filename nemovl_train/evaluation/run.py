@@ -101,7 +101,7 @@ def evaluate_stage(
         if interrupted():
             return None
         rows[name] = score_source(model, data, name, config, layout, tokenizer).row()
-    if layout.tp == 1:
+    if layout.pack_ranks == 1:
         write_predictions(model, config, data, tokenizer, layout, folder)
     model.train()
     result = {"step": step, "seconds": time.perf_counter() - began, "sources": rows}
@@ -154,7 +154,7 @@ def score_pack(model: NemotronVL, pack: Pack, layout: Layout, *, forced: Sequenc
     positions = (pack.labels >= 0).nonzero()[:, 0]
     if positions.numel() == 0:
         return Score()
-    batch = PackBatch.from_pack(pack, layout.device)
+    batch = PackBatch.from_pack(pack, layout)
     logits_MV = model.logits(batch, positions.to(layout.device))
     labels = pack.labels[positions]
     nats = torch.nn.functional.cross_entropy(logits_MV, labels.to(layout.device), reduction="sum")

@@ -167,4 +167,4 @@ def _read_medium(kind: str, path: Path) -> tuple[bytes, dict[str, Any]]:
 def _generate(source: HFFolder, prompts: Sequence[Prompt], max_new_tokens: int) -> list[list[int]]:
     with single_process_model(source.config, source.dtype) as model:
         load_tensors(model, source.tensors())
-        return generate(model.eval(), prompts, device=model.layout.device, max_new_tokens=max_new_tokens)
+        return generate(model.eval(), prompts, max_new_tokens=max_new_tokens)

@@ -36,15 +36,12 @@ def most_likely(logits_MV: Tensor, tokens: TokenIds) -> Tensor:
 
 
 @torch.no_grad()
-def generate(
-    model: NemotronVL, prompts: Sequence[Prompt], *, device: torch.device, max_new_tokens: int = 64
-) -> list[list[int]]:
+def generate(model: NemotronVL, prompts: Sequence[Prompt], *, max_new_tokens: int = 64) -> list[list[int]]:
     """Most likely continuation of each prompt.
 
     Args:
         model: Model in evaluation mode.
         prompts: Rendered questions.
-        device: Where the model lives.
         max_new_tokens: Longest answer.
 
     Returns:
@@ -58,7 +55,7 @@ def generate(
         if not open_prompts:
             break
         pack, last = pack_prompts([current[i] for i in open_prompts], pad=tokens.pad)
-        logits_MV = model.logits(PackBatch.from_pack(pack, device), last.to(device))
+        logits_MV = model.logits(PackBatch.from_pack(pack, model.layout), last.to(model.layout.device))
         still_open = []
         for index, token in zip(open_prompts, most_likely(logits_MV, tokens).tolist(), strict=True):
             if token == tokens.eos:

@@ -1,6 +1,7 @@
-"""One pack on the device.
+"""One pack on the device: this rank's share of its tokens and tiles.
 
-Shape suffixes: S tokens in a pack, T tiles, P tile side in pixels, N documents.
+Shape suffixes: S tokens in a pack, L of them on this context parallel rank, T tiles of the pack, t of them dealt to
+this rank, P tile side in pixels, N documents, M positions with a target.
 """
 
 from __future__ import annotations
@@ -14,53 +15,58 @@ from torch import Tensor
 from data_pipelines.schema import Pack
 from nemovl_train.exceptions import DataError
 from nemovl_train.model.packing import PackParams
+from nemovl_train.parallel.layout import Layout
+from nemovl_train.parallel.tiles import dealt_tiles
 
 
 @dataclass(frozen=True, eq=False)
 class PackBatch:
     """Device tensors of one pack, and the pack itself for what is cheaper to know on the host.
 
+    Weights and labels were made for whole samples before anything is sliced.
+
     Attributes:
-        pack: The pack on the host. Checks read it, so that they never wait for the device.
-        input_ids: [S] int64, one image token per visual feature.
-        labels: [S] int64, the token to predict at each position; -100 where there is none.
-        loss_weight: [S] float32, 0 where unsupervised.
-        position_ids: [S] int64, restarting with every sample.
-        params: Document boundaries as the layers take them.
-        tiles: [T, 3, P, P] uint8.
-        tile_token_start: [T] int64, position of each tile's first image token.
+        pack: The whole pack on the host. Checks and plans read it, so that they never wait for the device.
+        input_ids: [L] int64, one image token per visual feature.
+        labels: [L] int64, the token to predict at each position; -100 where there is none.
+        loss_weight: [L] float32, 0 where unsupervised.
+        supervised: [M] int64, positions among the L that have a target.
+        params: Document boundaries of the whole pack as the layers take them, and which tokens this rank holds.
+        tiles: [t, 3, P, P] uint8, the tiles that this rank encodes, in token order.
     """
 
     pack: Pack
     input_ids: Tensor
     labels: Tensor
     loss_weight: Tensor
-    position_ids: Tensor
+    supervised: Tensor
     params: PackParams
     tiles: Tensor
-    tile_token_start: Tensor
 
     @classmethod
-    def from_pack(cls, pack: Pack, device: torch.device | str) -> PackBatch:
-        """Copy a pack to the device, asynchronously where its memory is pinned.
+    def from_pack(cls, pack: Pack, layout: Layout) -> PackBatch:
+        """Copy this rank's share of a pack to its device, asynchronously where its memory is pinned.
 
         Args:
-            pack: Pack on the host.
-            device: Where the model lives.
+            pack: Pack on the host, the same on all ranks that share it.
+            layout: Says which share.
         """
 
         def put(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
+            return tensor.to(layout.device, non_blocking=True)
 
+        held = layout.context_tokens(len(pack.input_ids))
+        tokens = slice(held.start, held.stop)
+        labels = pack.labels[tokens]
+        dealt = dealt_tiles(pack.tile_token_start, layout.pack_rank, layout.pack_ranks)
         return cls(
             pack=pack,
-            input_ids=put(pack.input_ids),
-            labels=put(pack.labels),
-            loss_weight=put(pack.loss_weight),
-            position_ids=put(pack.position_ids),
-            params=PackParams.from_boundaries(put(pack.cu_seqlens), put(pack.seq_idx)[None], pack.max_seqlen),
-            tiles=put(pack.tiles),
-            tile_token_start=put(pack.tile_token_start),
+            input_ids=put(pack.input_ids[tokens]),
+            labels=put(labels),
+            loss_weight=put(pack.loss_weight[tokens]),
+            supervised=put((labels >= 0).nonzero()[:, 0]),
+            params=PackParams.from_boundaries(put(pack.cu_seqlens), put(pack.seq_idx)[None], pack.max_seqlen, held),
+            tiles=put(_rows(pack.tiles, dealt)),
         )
 
     def scaled(self, factor: float) -> PackBatch:
@@ -117,3 +123,11 @@ class PackBatch:
         """Key of a document's sample; the document after the last sample is the padding tail."""
         keys = self.pack.sample_keys
         return keys[document] if document < len(keys) else "padding"
+
+
+def _rows(tiles: Tensor, dealt: Tensor) -> Tensor:
+    """Tiles by number; a view where they lie one after the other, as packs are built."""
+    first = int(dealt[0]) if len(dealt) else 0
+    if torch.equal(dealt, torch.arange(first, first + len(dealt))):
+        return tiles[first : first + len(dealt)]
+    return tiles[dealt]

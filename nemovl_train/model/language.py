@@ -1,6 +1,6 @@
 """The hybrid Mamba-2 / attention language model (Nemotron Nano 2, arXiv 2508.14444), on megatron-core's `HybridModel`.
 
-Shape legend: S tokens in a pack, H hidden, V vocabulary rows.
+Shape legend: S tokens in a pack, L of this context parallel rank, H hidden, V vocabulary rows.
 """
 
 from functools import partial
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nemovl_train.config.schema import LanguageConfig
+from nemovl_train.model.attention import ContextAttention
 from nemovl_train.model.backend import Backend
 from nemovl_train.model.loss import token_loss
 from nemovl_train.model.mixer import PackedMambaMixer
@@ -20,7 +21,6 @@ from nemovl_train.parallel.layout import Layout
 
 cpu.install_if_no_cuda()
 
-from megatron.core import tensor_parallel  # noqa: E402
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add  # noqa: E402
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules  # noqa: E402
 from megatron.core.models.hybrid.hybrid_model import HybridModel  # noqa: E402
@@ -95,6 +95,8 @@ COMMON_OPTIONS: dict[str, Any] = {
     "masked_softmax_fusion": False,
     "persist_layer_norm": False,
     "cuda_graph_modules": [],
+    # A sum over ranks gives the rank's part in memory of its own; there is nothing to free by copying it.
+    "clone_scatter_output_in_embedding": False,
 }
 """Fields of `TransformerConfig` that every language model here shares."""
 
@@ -108,18 +110,20 @@ class PackedHybridStack(HybridStack):
         self.final_norm = final_norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
 
 
-def hybrid_stack_spec(backend: Backend, config: LanguageConfig) -> ModuleSpec:
+def hybrid_stack_spec(backend: Backend, config: LanguageConfig, layout: Layout) -> ModuleSpec:
     """The three kinds of layer, each a pre-norm residual block, from a backend's leaf modules."""
     mixer = ModuleSpec(
         PackedMambaMixer,
-        params={"d_conv": config.conv_kernel, "chunk_size": config.chunk_size},
+        params={"d_conv": config.conv_kernel, "chunk_size": config.chunk_size, "context": layout.mamba_context},
         submodules=MambaMixerSubmodules(in_proj=backend.column_linear, out_proj=backend.row_linear),
     )
     attention = ModuleSpec(
         SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=backend.column_linear, core_attention=backend.core_attention, linear_proj=backend.row_linear
+            linear_qkv=backend.column_linear,
+            core_attention=partial(ContextAttention, backend.core_attention),
+            linear_proj=backend.row_linear,
         ),
     )
     mlp = partial(
@@ -158,46 +162,52 @@ class LanguageModel(HybridModel):
     """
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """[S] int64 -> [S, 1, H], whole on every tensor parallel rank."""
+        """[L] int64 of this rank's context -> [L, 1, H]; the rank's part of L with sequence parallelism."""
         return self.embedding(input_ids=input_ids.unsqueeze(0), position_ids=None)
 
     def hidden_states(self, embeddings: Tensor, pack: PackParams) -> Tensor:
         """Runs the stack and its final norm.
 
         Args:
-            embeddings: [S, 1, H] from `embed`.
+            embeddings: What `embed` gave, rows replaced at will.
             pack: Boundaries of the pack.
 
         Returns:
-            [S, 1, H]; this rank's part of S with sequence parallelism.
+            Like `embeddings`.
         """
-        if self.config.sequence_parallel:
-            embeddings = tensor_parallel.scatter_to_sequence_parallel_region(embeddings, group=self.pg_collection.tp)
-        rotary = None
         if self.position_embedding_type == "rope":
-            rotary = self.rotary_pos_emb(pack.max_seqlen_q, packed_seq=True)
-        return self.decoder(
-            hidden_states=embeddings, attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=pack
-        )
+            pack.rotary = self.rotary_pos_emb(pack.max_seqlen_q, packed_seq=True)[pack.position_ids]
+        return self.decoder(hidden_states=embeddings, attention_mask=None, packed_seq_params=pack)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[S, 1, H] (or the rank's part) -> [S, V] float32, whole on every tensor parallel rank."""
+        """[L, 1, H] (or the rank's part) -> [L, V] float32, whole on every tensor parallel rank."""
         logits, _ = self.output_layer(hidden, runtime_gather_output=True)
         return logits.squeeze(1).float()
 
     def forward(
-        self, input_ids: Tensor, pack: PackParams, labels: Tensor | None = None, embeddings: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        pack: PackParams,
+        labels: Tensor | None = None,
+        embeddings: Tensor | None = None,
+        supervised: Tensor | None = None,
     ) -> Tensor:
-        """Cross entropy [S] float32 where there are labels (zero elsewhere), or logits [S, V] without labels.
+        """Cross entropy [L] float32 where there are labels (zero elsewhere), or logits [L, V] without labels.
 
         Args:
-            input_ids: [S] int64.
+            input_ids: [L] int64 of this rank's context.
             pack: Boundaries of the pack.
-            labels: [S] int64, already shifted; -100 where there is no target.
-            embeddings: [S, 1, H] in place of `embed(input_ids)`.
+            labels: [L] int64, already shifted; -100 where there is no target.
+            embeddings: In place of `embed(input_ids)`.
+            supervised: [M] int64, positions of the labels, where they are known without asking the device.
         """
         hidden = self.hidden_states(self.embed(input_ids) if embeddings is None else embeddings, pack)
-        return self.logits(hidden) if labels is None else token_loss(hidden, self.output_layer, labels)
+        if labels is None:
+            return self.logits(hidden)
+        # The loss takes the head's weight without calling it; a call is what makes megatron-core collect updated weights.
+        for hook in self.output_layer._forward_pre_hooks.values():
+            hook(self.output_layer, ())
+        return token_loss(hidden, self.output_layer, labels, supervised)
 
 
 def build_language_model(
@@ -214,12 +224,11 @@ def build_language_model(
     """
     return LanguageModel(
         config=language_transformer_config(config, layout, params_dtype, **options),
-        hybrid_stack_spec=hybrid_stack_spec(backend, config),
+        hybrid_stack_spec=hybrid_stack_spec(backend, config, layout),
         vocab_size=config.vocab_size,
         max_sequence_length=config.max_position,
         hybrid_layer_pattern=config.hybrid_pattern,
         position_embedding_type=config.position,
         rotary_base=int(config.rope_theta),
-        scatter_embedding_sequence_parallel=False,  # image features replace rows first
         pg_collection=layout.language_groups,
     )

@@ -23,7 +23,9 @@ IGNORE = -100
 CHUNK = 2048
 
 
-def token_loss(hidden: Tensor, head: Any, labels: Tensor, *, chunk: int = CHUNK) -> Tensor:
+def token_loss(
+    hidden: Tensor, head: Any, labels: Tensor, supervised: Tensor | None = None, *, chunk: int = CHUNK
+) -> Tensor:
     """Cross entropy of every position. Weighting is the caller's: `(token_loss(...) * loss_weight).sum()`.
 
     Logits are computed only where there is a label, `chunk` positions at a time, and again in backward instead of being
@@ -34,6 +36,7 @@ def token_loss(hidden: Tensor, head: Any, labels: Tensor, *, chunk: int = CHUNK)
         head: The output layer: a column parallel linear without bias, as `LanguageModel.output_layer`.
         labels: [S] int64, the target predicted at each position, `IGNORE` where there is none. The same on every
             tensor parallel rank.
+        supervised: [M] int64, positions with a target; None asks `labels`, which waits for the device.
         chunk: Most positions at a time.
 
     Returns:
@@ -45,7 +48,7 @@ def token_loss(hidden: Tensor, head: Any, labels: Tensor, *, chunk: int = CHUNK)
         hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, group=head.tp_group)
     else:
         hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden, group=head.tp_group)
-    positions = torch.nonzero(labels != IGNORE).squeeze(1)
+    positions = torch.nonzero(labels != IGNORE).squeeze(1) if supervised is None else supervised
     rows, targets = hidden.squeeze(1).index_select(0, positions), labels.index_select(0, positions)
     pieces = zip(rows.split(chunk), targets.split(chunk), strict=True)
     if len(positions) <= chunk:

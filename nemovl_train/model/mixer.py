@@ -1,16 +1,49 @@
-"""The Mamba-2 mixer of both backends: megatron-core's parameters and checkpoint layout, our forward over packs.
+"""The Mamba-2 mixer: megatron-core's parameters and checkpoint layout, our forward over packs on any number of ranks.
 
-Shape legend: S tokens in a pack, H hidden. "Local" sizes are this tensor parallel rank's.
+Between its two projections the layer convolves, scans and norms along the tokens of every document:
+
+    h_t = exp(dt_t a) h_(t-1) + dt_t b_t x_t        y_t = c_t h_t + d x_t        per head, h [P, N]
+
+Context parallel ranks hold runs of tokens, L = S / R each, in the pack's own order. Two forms:
+
+*State passing* (`_ScanAcrossRanks`), the default. The recurrence is linear in the state, so a run of tokens acts on the
+state before it as `h_after = left * h_before + added`: `added` is the state after the run when it starts from zero,
+`left` the product of its decays (zero where a document starts in the run). Every rank finds its own pair without
+waiting; one all-gather makes all pairs known; rank r then has
+
+    h_before(r) = sum over j < r of  left(j + 1) ... left(r - 1) * added(j)
+
+and finishes its outputs. The convolution sees the last taps - 1 tokens of the rank before. Backward is the same read
+from the end: with g(r) the gradient of h_before(r) if no later rank had any,
+
+    grad h_after(r) = sum over j > r of  left(r + 1) ... left(j - 1) * g(j)
+
+What travels is two states a layer, whatever the length. The gradients of the decays need no exchange of their own:
+each lies inside one rank's recurrence, whose true first state and last gradient are known by then.
+
+*Head exchange* gives every rank all tokens of its share of the heads by one all-to-all, and the tokens back by another.
+
+The kernels count elements in 32 bits. Runs that are too long for that are cut into pieces, and the pieces of a rank are
+to each other what ranks are: same pairs, no exchange.
+
+Shape legend: S tokens in a pack, L of this rank, R ranks, E hidden, H heads, P head width, G groups, N state width,
+W taps. Sizes are this tensor parallel rank's.
 """
 
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from nemovl_train.model.kernels import dispatch
-from nemovl_train.model.packing import PackParams
+from nemovl_train.model.kernels.phases import ScanInputs, TokenGradients
+from nemovl_train.model.packing import PackParams, Piece
 from nemovl_train.parallel import cpu
+from nemovl_train.parallel.exchange import every_rank, gather_columns, scatter_columns
 
 cpu.install_if_no_cuda()
 
@@ -24,9 +57,94 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint 
 # Fixed in the released models: megatron-core and the Hugging Face model hard-code it too.
 GATED_NORM_EPS = 1e-5
 
+LONGEST_OFFSET = 2**31 - 1
+"""Largest element offset of the kernels. Seen on an H100: right at 90,112 tokens of 22,656 columns (0.95 x 2^31), wrong
+without an error at 98,304 (1.04 x 2^31)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MambaSizes:
+    """Sizes of one rank's part of the layer."""
+
+    heads: int
+    head_dim: int
+    groups: int
+    state: int
+    taps: int
+    chunk: int
+
+    @property
+    def inner(self) -> int:
+        """Columns of z, of x and of the output."""
+        return self.heads * self.head_dim
+
+    @property
+    def columns(self) -> list[int]:
+        """Columns of z, x, B, C and dt in the input projection's output."""
+        return [self.inner, self.inner, *[self.groups * self.state] * 2, self.heads]
+
+    @property
+    def channels(self) -> list[int]:
+        """Channels of x, B and C in the convolution."""
+        return self.columns[1:4]
+
+    @property
+    def group_size(self) -> int:
+        """Columns that the gated norm treats together."""
+        return self.inner // self.groups
+
+    @property
+    def longest_piece(self) -> int:
+        """Most tokens, in whole chunks, whose offsets the kernels can count."""
+        return max(LONGEST_OFFSET // sum(self.columns) // self.chunk, 1) * self.chunk
+
+    def shared(self, ranks: int) -> MambaSizes:
+        """Sizes when ranks share the heads."""
+        return replace(self, heads=self.heads // ranks, groups=self.groups // ranks)
+
+    def split(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Views of gate, convolved columns and dt."""
+        return projected.split([self.inner, sum(self.channels), self.heads], dim=1)
+
+    def states(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Views of x [S, H, P], B and C [S, G, N] in what is or was convolved."""
+        x, b, c = mixed.split(self.channels, dim=1)
+        return x.unflatten(1, (-1, self.head_dim)), b.unflatten(1, (-1, self.state)), c.unflatten(1, (-1, self.state))
+
+
+@dataclass(frozen=True, eq=False)
+class MambaParameters:
+    """The layer's parameters outside its projections, whole or a share of the heads."""
+
+    conv_weight: Tensor
+    conv_bias: Tensor
+    dt_bias: Tensor
+    a_log: Tensor
+    d: Tensor
+    norm_weight: Tensor
+
+    def share(self, sizes: MambaSizes, rank: int, ranks: int) -> MambaParameters:
+        """This rank's share when ranks split the heads."""
+
+        def cut(parameter: Tensor) -> Tensor:
+            return parameter.unflatten(0, (ranks, -1))[rank]
+
+        def cut_channels(parameter: Tensor) -> Tensor:
+            return torch.cat([cut(part) for part in parameter.split(sizes.channels)])
+
+        conv = (cut_channels(self.conv_weight), cut_channels(self.conv_bias))
+        return MambaParameters(*conv, *(cut(p) for p in (self.dt_bias, self.a_log, self.d, self.norm_weight)))
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """In the order of the fields."""
+        return self.conv_weight, self.conv_bias, self.dt_bias, self.a_log, self.d, self.norm_weight
+
 
 class GatedNorm(MegatronModule):
-    """Holds the weight of the gated RMSNorm, split over tensor parallel ranks by whole groups; the mixer applies it."""
+    """Holds the weight of the gated RMSNorm, split over tensor parallel ranks by whole groups; the mixer applies it.
+
+    It is called for its weight, since megatron-core collects updated weights when their module is called.
+    """
 
     def __init__(self, config: TransformerConfig, local_size: int, tp_group: Any) -> None:
         super().__init__(config)
@@ -34,6 +152,10 @@ class GatedNorm(MegatronModule):
         device = torch.cuda.current_device()
         self.weight = nn.Parameter(torch.ones(local_size, dtype=config.params_dtype, device=device))
         _mark_split(self.weight)
+
+    def forward(self) -> Tensor:
+        """The weight."""
+        return self.weight
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -51,7 +173,7 @@ class GatedNorm(MegatronModule):
 
 
 class PackedMambaMixer(MambaMixer):
-    """megatron-core's `MambaMixer` for packs, on any device.
+    """megatron-core's `MambaMixer` for packs, on any device and any number of context parallel ranks.
 
     It keeps the parent's parameter names, their tensor parallel partition (`partition_sizes`: z, x, B, C, dt are split
     one by one) and `sharded_state_dict`. The parent's constructor needs mamba-ssm and CUDA, and its forward handles
@@ -71,13 +193,16 @@ class PackedMambaMixer(MambaMixer):
         name: str | None = None,
         d_conv: int = 4,
         chunk_size: int = 128,
+        context: str = "state_passing",
     ) -> None:
         MegatronModule.__init__(self, config)
         assert pg_collection is not None
         assert config.mamba_num_heads is not None
-        assert pg_collection.cp.size() == 1, "the layout check refuses context parallelism before a model is built"
+        assert context in ("state_passing", "head_exchange")
         self.layer_number, self.pp_layer_offset = layer_number, pp_layer_offset
-        self.tp_group, self.chunk_size, self.d_conv, self.d_model = pg_collection.tp, chunk_size, d_conv, d_model
+        self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
+        self.exchanges_heads = context == "head_exchange" and self.cp_group.size() > 1
+        self.chunk_size, self.d_conv, self.d_model = chunk_size, d_conv, d_model
         self.headdim, self.d_state = config.mamba_head_dim, config.mamba_state_dim
         self.nheads, self.ngroups = config.mamba_num_heads, config.mamba_num_groups
         self.d_inner = self.nheads * self.headdim
@@ -88,25 +213,33 @@ class PackedMambaMixer(MambaMixer):
         assert self.nheads % tp == 0
         assert self.ngroups % tp == 0
         assert self.nheads % self.ngroups == 0
-        self.nheads_local_tp, self.ngroups_local_tp = self.nheads // tp, self.ngroups // tp
-        self.d_inner_local_tp = self.d_inner // tp
-        state_columns = self.ngroups_local_tp * self.d_state
-        self._build_projections(submodules, [self.d_inner_local_tp] * 2 + [state_columns] * 2 + [self.nheads_local_tp])
-        self._build_parameters([self.d_inner_local_tp, state_columns, state_columns])
+        self.sizes = MambaSizes(
+            heads=self.nheads // tp,
+            head_dim=self.headdim,
+            groups=self.ngroups // tp,
+            state=self.d_state,
+            taps=d_conv,
+            chunk=chunk_size,
+        )
+        # Names that the parent's `sharded_state_dict` reads.
+        self.nheads_local_tp, self.ngroups_local_tp = self.sizes.heads, self.sizes.groups
+        self.d_inner_local_tp = self.sizes.inner
+        self._build_projections(submodules)
+        self._build_parameters()
 
-    def _build_projections(self, submodules: MambaMixerSubmodules, local_columns: list[int]) -> None:
+    def _build_projections(self, submodules: MambaMixerSubmodules) -> None:
         common = {"config": self.config, "bias": False, "is_expert": False, "tp_group": self.tp_group}
         self.in_proj = build_module(
             submodules.in_proj,
             self.d_model,
-            sum(local_columns) * self.tp_group.size(),
+            sum(self.sizes.columns) * self.tp_group.size(),
             init_method=self.config.init_method,
             gather_output=False,
             skip_bias_add=False,
             tp_comm_buffer_name="fc1",
             **common,
         )
-        self.in_proj.weight.partition_sizes = local_columns
+        self.in_proj.weight.partition_sizes = self.sizes.columns
         self.out_proj = build_module(
             submodules.out_proj,
             self.d_inner,
@@ -118,20 +251,21 @@ class PackedMambaMixer(MambaMixer):
             **common,
         )
 
-    def _build_parameters(self, local_channels: list[int]) -> None:
+    def _build_parameters(self) -> None:
         def empty(*shape: int, dtype: torch.dtype = self.config.params_dtype) -> nn.Parameter:
             parameter = nn.Parameter(torch.empty(*shape, dtype=dtype, device=torch.cuda.current_device()))
             _mark_split(parameter)
             return parameter
 
-        self.conv1d_weight = empty(sum(local_channels), 1, self.d_conv)
-        self.conv1d_bias = empty(sum(local_channels))
+        channels = self.sizes.channels
+        self.conv1d_weight = empty(sum(channels), 1, self.d_conv)
+        self.conv1d_bias = empty(sum(channels))
         for parameter in (self.conv1d_weight, self.conv1d_bias):
-            parameter.partition_sizes = local_channels  # type: ignore[attr-defined]
-        self.dt_bias = empty(self.nheads_local_tp)
-        self.A_log = empty(self.nheads_local_tp, dtype=torch.float32)
-        self.D = empty(self.nheads_local_tp, dtype=torch.float32)
-        self.norm = GatedNorm(self.config, self.d_inner_local_tp, self.tp_group)
+            parameter.partition_sizes = channels  # type: ignore[attr-defined]
+        self.dt_bias = empty(self.sizes.heads)
+        self.A_log = empty(self.sizes.heads, dtype=torch.float32)
+        self.D = empty(self.sizes.heads, dtype=torch.float32)
+        self.norm = GatedNorm(self.config, self.sizes.inner, self.tp_group)
 
     def forward(
         self,
@@ -144,13 +278,13 @@ class PackedMambaMixer(MambaMixer):
         """Mixes along the documents of a pack.
 
         Args:
-            hidden_states: [S, 1, H]; the rank's part of S with sequence parallelism.
+            hidden_states: [L, 1, E]; the rank's part of L with sequence parallelism.
             inference_context: Must be None: this forward is for training.
             inference_params: Must be None.
             packed_seq_params: Boundaries of the pack. Without them states would leak from sample to sample.
 
         Returns:
-            [S, 1, H], and no bias.
+            [L, 1, E], and no bias.
         """
         assert inference_context is None
         assert inference_params is None
@@ -158,21 +292,242 @@ class PackedMambaMixer(MambaMixer):
         assert packed_seq_params is not None
         projected, _ = self.in_proj(hidden_states)
         assert projected.shape[1] == 1, "packs are the only batch"
-        inner = dispatch.mamba_inner(
-            projected.squeeze(1),
-            conv_weight=self.conv1d_weight.squeeze(1),
-            conv_bias=self.conv1d_bias,
-            a_log=self.A_log,
-            d=self.D,
-            dt_bias=self.dt_bias,
-            norm_weight=self.norm.weight,
-            seq_idx=packed_seq_params.seq_idx,
-            head_dim=self.headdim,
-            num_groups=self.ngroups_local_tp,
-            chunk_size=self.chunk_size,
-            eps=GATED_NORM_EPS,
-        )
+        projected, parameters = projected.squeeze(1), self._parameters_outside_projections()
+        if self.exchanges_heads:
+            inner = self._over_heads(projected, parameters, packed_seq_params)
+        else:
+            inner = _inner(projected, parameters, self.sizes, packed_seq_params, self.cp_group)
         return self.out_proj(inner.unsqueeze(1))
+
+    def _over_heads(self, projected: Tensor, parameters: MambaParameters, pack: PackParams) -> Tensor:
+        """[L, all columns] -> [L, H * P], every rank scanning all tokens with its share of the heads."""
+        ranks = self.cp_group.size()
+        parts = projected.split(self.sizes.columns, dim=1)
+        whole = torch.cat(scatter_columns(parts, self.cp_group), dim=1)
+        own = parameters.share(self.sizes, self.cp_group.rank(), ranks)
+        return gather_columns(_inner(whole, own, self.sizes.shared(ranks), pack, None), self.cp_group)
+
+    def _parameters_outside_projections(self) -> MambaParameters:
+        conv = (self.conv1d_weight.squeeze(1), self.conv1d_bias)
+        return MambaParameters(*conv, self.dt_bias, self.A_log, self.D, self.norm())
+
+
+def _inner(
+    projected: Tensor,
+    parameters: MambaParameters,
+    sizes: MambaSizes,
+    pack: PackParams,
+    group: dist.ProcessGroup | None,
+) -> Tensor:
+    """Convolution, scan and gated norm of the tokens that are here: [L, all columns] -> [L, H * P].
+
+    Args:
+        projected: Output of the input projection.
+        parameters: Those of the columns that are here.
+        sizes: Sizes of these columns.
+        pack: Boundaries.
+        group: Ranks that hold the rest of the pack; None when all tokens are here.
+    """
+    pieces = pack.pieces(whole=group is None, longest=sizes.longest_piece, halo=sizes.taps - 1)
+    if group is not None and group.size() == 1:
+        group = None
+    if len(pieces) > 1 or group is not None:
+        return _ScanAcrossRanks.apply(projected, *parameters.tensors(), sizes, pieces, group)
+    return dispatch.mamba_inner(
+        projected,
+        conv_weight=parameters.conv_weight,
+        conv_bias=parameters.conv_bias,
+        a_log=parameters.a_log,
+        d=parameters.d,
+        dt_bias=parameters.dt_bias,
+        norm_weight=parameters.norm_weight,
+        seq_idx=pieces[0].ids,
+        head_dim=sizes.head_dim,
+        num_groups=sizes.groups,
+        chunk_size=sizes.chunk,
+        eps=GATED_NORM_EPS,
+    )
+
+
+class _ScanAcrossRanks(torch.autograd.Function):
+    """Convolution, scan and gated norm with states handed from piece to piece and from rank to rank.
+
+    Keeps the projection's output, the scan's and one state a piece; backward convolves and scans again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, projected: Tensor, *rest: Any) -> Tensor:
+        *tensors, sizes, pieces, group = rest
+        kernels, parameters = dispatch.phases(projected), MambaParameters(*tensors)
+        halos = _halos(sizes.split(projected)[1], sizes.taps - 1, pieces, group)
+        scans = [
+            kernels.ForwardScan(_scan_inputs(projected, parameters, sizes, piece, halo))
+            for piece, halo in zip(pieces, halos, strict=True)
+        ]
+        states, piece_lefts, rank_lefts = _states_before(scans, group)
+        y = torch.cat([scan.outputs(state).flatten(1) for scan, state in zip(scans, states, strict=True)])
+        out, kept = kernels.gated_norm_forward(
+            *(y, sizes.split(projected)[0], parameters.norm_weight), group_size=sizes.group_size, eps=GATED_NORM_EPS
+        )
+        ctx.save_for_backward(projected, *tensors, halos[0], y, kept, piece_lefts, rank_lefts, *states)
+        ctx.sizes, ctx.pieces, ctx.group = sizes, pieces, group
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        sizes, pieces, group = ctx.sizes, ctx.pieces, ctx.group
+        saved = iter(ctx.saved_tensors)
+        projected, parameters = next(saved), MambaParameters(*(next(saved) for _ in range(6)))
+        halo, y, kept, piece_lefts, rank_lefts, *states = saved
+        kernels = dispatch.phases(projected)
+        gate, mixed, _ = sizes.split(projected)
+        grad_projected = torch.empty_like(projected)
+        grad_gate, grad_mixed, grad_dt = sizes.split(grad_projected)
+
+        grad_y, grad_norm = kernels.gated_norm_backward(
+            *(grad, y, gate, parameters.norm_weight, kept),
+            group_size=sizes.group_size,
+            eps=GATED_NORM_EPS,
+            into=grad_gate,
+        )
+        grad_y = grad_y.unflatten(1, (-1, sizes.head_dim))
+        halos = [halo, *_inner_halos(mixed, sizes.taps - 1, pieces)]
+        scans = [
+            kernels.BackwardScan(_scan_inputs(projected, parameters, sizes, piece, before), state, grad_y[piece.tokens])
+            for piece, before, state in zip(pieces, halos, states, strict=True)
+        ]
+        after = _gradients_after(scans, piece_lefts, rank_lefts, group)
+        # Gradient of what the convolution gave; the scans fill it before it goes through the convolution.
+        grad_conv = mixed.new_empty(mixed.shape)
+        of_scan = []
+        for piece, scan, leaving in zip(pieces, scans, after, strict=True):
+            x, b, c = sizes.states(grad_conv[piece.tokens])
+            of_scan.append(scan.gradients(leaving, TokenGradients(x, grad_dt[piece.tokens], b, c)))
+        grad_weight, grad_bias = _conv_gradients(grad_conv, mixed, parameters, pieces, halos, grad_mixed, group)
+        grad_a, grad_d, grad_dt_bias = (sum(parts) for parts in zip(*of_scan, strict=True))
+        grad_a_log = -grad_a * torch.exp(parameters.a_log.float())
+        of_parameters = (grad_weight, grad_bias, grad_dt_bias, grad_a_log, grad_d, grad_norm)
+        return grad_projected, *of_parameters, None, None, None
+
+
+def _scan_inputs(
+    projected: Tensor, parameters: MambaParameters, sizes: MambaSizes, piece: Piece, halo: Tensor
+) -> ScanInputs:
+    """Convolves a piece and names what its scan reads."""
+    _, mixed, dt = (part[piece.tokens] for part in sizes.split(projected))
+    convolved = dispatch.phases(projected).conv_forward(
+        mixed, parameters.conv_weight, parameters.conv_bias, piece.ids, halo, piece.halo_ids
+    )
+    x, b, c = sizes.states(convolved)
+    a = -torch.exp(parameters.a_log.float())
+    return ScanInputs(x, dt, a, b, c, parameters.d.float(), parameters.dt_bias.float(), piece.ids, sizes.chunk)
+
+
+def _halos(mixed: Tensor, reach: int, pieces: list[Piece], group: dist.ProcessGroup | None) -> list[Tensor]:
+    """The tokens before each piece that its convolution sees, [W - 1, D]; [0, D] at the start of the pack."""
+    first = mixed[:0]
+    if group is not None:
+        ends = every_rank(mixed[-reach:], group).wait()
+        first = ends[group.rank() - 1] if group.rank() else first
+    return [first, *_inner_halos(mixed, reach, pieces)]
+
+
+def _inner_halos(mixed: Tensor, reach: int, pieces: list[Piece]) -> list[Tensor]:
+    return [mixed[piece.tokens.start - reach : piece.tokens.start] for piece in pieces[1:]]
+
+
+def _states_before(
+    scans: list[Any], group: dist.ProcessGroup | None
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """The exclusive scan of the module's docstring, forward.
+
+    Returns:
+        State before each piece [H, P, N] float32; `left` of each piece, and of each rank [R, H].
+    """
+    pairs = [scan.summary() for scan in scans]
+    added, left = pairs[0]
+    for more, kept in pairs[1:]:
+        added, left = more + _per_head(kept) * added, left * kept
+    gathering = None if group is None else every_rank(torch.cat([added.flatten(), left]), group)
+    for scan in scans:
+        scan.independent()
+    state, rank_lefts = torch.zeros_like(added), left.unsqueeze(0)
+    if gathering is not None:
+        addeds, rank_lefts = gathering.wait().split([added.numel(), left.numel()], dim=1)
+        rank = group.rank()
+        if rank:
+            passed = rank_lefts[1:rank].flip(0).cumprod(0).flip(0)
+            weights = torch.cat([passed, torch.ones_like(rank_lefts[:1])])
+            state = torch.einsum("rh,rhs->hs", weights, addeds[:rank].unflatten(1, (len(left), -1))).view_as(added)
+    states = [state]
+    for more, kept in pairs[:-1]:
+        states.append(more + _per_head(kept) * states[-1])
+    return states, torch.stack([kept for _, kept in pairs]), rank_lefts
+
+
+def _gradients_after(
+    scans: list[Any], piece_lefts: Tensor, rank_lefts: Tensor, group: dist.ProcessGroup | None
+) -> list[Tensor]:
+    """The same from the end: gradient of the state after each piece [H, P, N]."""
+    own = [scan.entering() for scan in scans]
+    total = own[-1]
+    for grad, left in zip(reversed(own[:-1]), reversed(piece_lefts[:-1]), strict=True):
+        total = grad + _per_head(left) * total
+    gathering = None if group is None else every_rank(total, group)
+    for scan in scans:
+        scan.independent()
+    last = torch.zeros_like(total)
+    if gathering is not None:
+        totals, rank = gathering.wait(), group.rank()
+        if rank < group.size() - 1:
+            passed = rank_lefts[rank + 1 : -1].cumprod(0)
+            weights = torch.cat([torch.ones_like(rank_lefts[:1]), passed])
+            last = torch.einsum("rh,rhpn->hpn", weights, totals[rank + 1 :])
+    after = [last]
+    for grad, left in zip(reversed(own[1:]), reversed(piece_lefts[1:]), strict=True):
+        after.append(grad + _per_head(left) * after[-1])
+    return after[::-1]
+
+
+def _conv_gradients(
+    grad: Tensor,
+    mixed: Tensor,
+    parameters: MambaParameters,
+    pieces: list[Piece],
+    halos: list[Tensor],
+    into: Tensor,
+    group: dist.ProcessGroup | None,
+) -> tuple[Tensor, Tensor]:
+    """Backward of the convolution over all pieces; that of its input goes to `into`.
+
+    Returns:
+        Gradients of weight and bias.
+    """
+    kernels, reach = dispatch.phases(mixed), parameters.conv_weight.shape[1] - 1
+    found = []
+    for number, (piece, halo) in enumerate(zip(pieces, halos, strict=True)):
+        *of_parameters, grad_halo = kernels.conv_backward(
+            *(grad[piece.tokens], mixed[piece.tokens], parameters.conv_weight, parameters.conv_bias),
+            *(piece.ids, halo, piece.halo_ids),
+            into=into[piece.tokens],
+        )
+        found.append(of_parameters)
+        if number:
+            into[piece.tokens.start - reach : piece.tokens.start] += grad_halo
+        else:
+            for_rank_before = grad_halo
+    if group is not None:
+        if not len(for_rank_before):
+            for_rank_before = torch.zeros_like(mixed[:reach])
+        of_next = every_rank(for_rank_before, group).wait()
+        if group.rank() < group.size() - 1:
+            into[-reach:] += of_next[group.rank() + 1]
+    weight, bias = (sum(parts) for parts in zip(*found, strict=True))
+    return weight, bias
+
+
+def _per_head(left: Tensor) -> Tensor:
+    return left[:, None, None]
 
 
 def _mark_split(parameter: nn.Parameter) -> None:

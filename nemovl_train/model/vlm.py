@@ -3,11 +3,11 @@
 `input_ids` already hold one image token for each visual feature, so that lengths, masks and document boundaries are
 known before the model runs: features replace rows of the embedding, nothing is expanded.
 
-    tiles [T, 3, P, P] --tower--> [T, K, 4 D] --projector--> [T, K, H]
-    input_ids [S] --embedding--> [S, 1, H] --rows at image tokens replaced--> hybrid stack --> cross entropy [S]
+    tiles [T, 3, P, P] --tower--> [T, K, 4 D] --projector--> [T, K, H] --exchanged between the ranks of the pack-->
+    input_ids [L] --embedding--> [L, 1, H] --rows at image tokens replaced--> hybrid stack --> cross entropy [L]
 
-Shape suffixes: S tokens in a pack, T tiles, P tile side in pixels, K visual tokens of a tile, D tower width,
-H language model width, V vocabulary rows.
+Shape suffixes: S tokens in a pack, L of them on this context parallel rank, T tiles, P tile side in pixels, K visual
+tokens of a tile, D tower width, H language model width, V vocabulary rows.
 """
 
 from __future__ import annotations
@@ -26,10 +26,13 @@ from nemovl_train.model.init import init_weights
 from nemovl_train.model.language import LanguageModel, build_language_model
 from nemovl_train.model.projector import Projector
 from nemovl_train.model.vision import build_vision_tower
+from nemovl_train.parallel.exchange import exchange_rows, gather_tokens
 from nemovl_train.parallel.layout import Layout
+from nemovl_train.parallel.tiles import deal
 
 # isort: split
 # The backend module makes megatron-core importable without CUDA, so it comes first.
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 
@@ -124,12 +127,14 @@ class NemotronVL(MegatronModule):
             batch: One pack.
 
         Returns:
-            [S] float32.
+            [L] float32.
 
         Raises:
             DataError: Image tokens and tiles do not belong together.
         """
-        losses = self._language()(batch.input_ids, batch.params, batch.labels, self._embeddings(batch))
+        losses = self._language()(
+            batch.input_ids, batch.params, batch.labels, self._embeddings(batch), batch.supervised
+        )
         if self.training and torch.is_grad_enabled() and not losses.requires_grad:
             # Nothing that trains took part (projector warm-up meets a pack without images). The trainer still runs a
             # backward pass, since other ranks do: let it end here, with no gradient for anyone.
@@ -137,20 +142,22 @@ class NemotronVL(MegatronModule):
         return losses
 
     def logits(self, batch: PackBatch, positions_M: Tensor | None = None) -> Tensor:
-        """Logits of every position, or of some.
+        """Logits of every position of the whole pack, or of some. For evaluation: it has no gradient over ranks.
 
         Args:
             batch: One pack.
             positions_M: [M] int64, positions that are asked for; all of them when None.
 
         Returns:
-            [S, V] or [M, V] float32.
+            [S, V] or [M, V] float32, the same on all ranks that share the pack.
 
         Raises:
             DataError: Image tokens and tiles do not belong together.
         """
         language = self._language()
         hidden = language.hidden_states(self._embeddings(batch), batch.params)
+        if self.layout.cp > 1:
+            return self._logits_across_ranks(hidden, positions_M)
         if positions_M is None:
             return language.logits(hidden)
         if self.layout.sequence_parallel:
@@ -158,28 +165,59 @@ class NemotronVL(MegatronModule):
             return language.logits(hidden).index_select(0, positions_M)
         return language.logits(hidden.index_select(0, positions_M))
 
+    @torch.no_grad()
+    def _logits_across_ranks(self, hidden: Tensor, positions_M: Tensor | None) -> Tensor:
+        """The head over the rows of all context parallel ranks, which each rank of the head computes alike."""
+        if self.layout.sequence_parallel:
+            hidden = gather_tokens(hidden, self.layout.language_groups.tp)
+        hidden = gather_tokens(hidden, self.layout.language_groups.cp)
+        if positions_M is not None:
+            hidden = hidden.index_select(0, positions_M)
+        head = self._language().output_layer
+        logits = torch.nn.functional.linear(hidden.squeeze(1), head.weight).float()
+        return gather_from_tensor_model_parallel_region(logits, group=head.tp_group)
+
     def _language(self) -> LanguageModel:
         assert self.language_model is not None, "this model has no language part"
         return self.language_model
 
     def _embeddings(self, batch: PackBatch) -> Tensor:
-        """Token embeddings [S, 1, H], rows at image tokens replaced by visual features. Checks the batch first."""
-        vision, tokens = self.sizes.vision, self.sizes.tokens_per_tile
+        """This rank's rows of the residual stream, those at image tokens replaced. Checks the batch first."""
+        pack, vision, tokens = batch.pack, self.sizes.vision, self.sizes.tokens_per_tile
         batch.check_tiles(self.sizes.tokens.image, tokens, vision.tile_size)
         embeddings = self._language().embed(batch.input_ids)
-        if not batch.tiles.shape[0]:
+        if not pack.tiles.shape[0]:
             return embeddings  # the tower does not run: image-free packs, ranks and stages cost nothing for it
         if self.vision_model is None or self.projector is None:
             raise DataError(
-                f"the pack with samples {list(batch.pack.sample_keys)} has {batch.tiles.shape[0]} tiles, but this "
+                f"the pack with samples {list(pack.sample_keys)} has {pack.tiles.shape[0]} tiles, but this "
                 "model has no vision tower and projector; use text-only data"
             )
-        features = self.encode_tiles(batch.tiles)
-        if features.requires_grad and self.layout.tp > 1:
-            # Every tensor parallel rank holds the whole gradient, and tower and projector sum theirs over all ranks.
-            features.register_hook(lambda gradient: gradient / self.layout.tp)
-        rows = (batch.tile_token_start[:, None] + torch.arange(tokens, device=batch.tiles.device)).flatten()
-        return embeddings.index_copy(0, rows, features.flatten(0, 1).unsqueeze(1))
+        features = self._dealt_features(batch.tiles)
+        layout, length = self.layout, len(pack.input_ids)
+        held = [layout.residual_tokens(length, rank) for rank in range(layout.pack_ranks)]
+        plan = deal(pack.tile_token_start, tokens, held, layout.pack_rank)
+        rows = plan.rows.to(embeddings.device, non_blocking=True)
+        if layout.pack_ranks > 1:
+            features = features.index_select(0, plan.outgoing.to(features.device, non_blocking=True))
+            features = exchange_rows(features, plan.send, plan.receive, layout.language_groups.tp_cp)
+        if features.requires_grad and layout.tp > 1 and not layout.sequence_parallel:
+            # All tensor parallel ranks hold these rows and the whole gradient of each; the owner gets their sum.
+            features.register_hook(lambda gradient: gradient / layout.tp)
+        return embeddings.index_copy(0, rows, features.unsqueeze(1))
+
+    def _dealt_features(self, tiles: Tensor) -> Tensor:
+        """Features [t * K, H] of this rank's tiles, in the graph even where there are none.
+
+        Backward exchanges gradients, and every rank that shares the pack has to take part.
+        """
+        assert self.vision_model is not None
+        assert self.projector is not None
+        if tiles.shape[0]:
+            return self.encode_tiles(tiles).flatten(0, 1)
+        parameters = [*self.vision_model.parameters(), *self.projector.parameters()]
+        empty = parameters[0].new_empty(0, self.sizes.language.hidden_size)
+        return empty.requires_grad_(torch.is_grad_enabled() and any(p.requires_grad for p in parameters))
 
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Part of the protocol of megatron-core's schedules; there is no pipeline stage before this model."""

@@ -36,6 +36,7 @@ class Layout:
     Attributes:
         language_groups: Groups of the language model, its DDP, optimizer and checkpoints.
         vision_groups: The same for tower and projector.
+        mamba_context: How Mamba layers share a pack over context parallel ranks, `state_passing` or `head_exchange`.
         device: Where this process computes: its CUDA device, or the CPU.
     """
 
@@ -48,6 +49,7 @@ class Layout:
     cp_rank: int
     dp_rank: int
     sequence_parallel: bool
+    mamba_context: str
     language_groups: ProcessGroupCollection
     vision_groups: ProcessGroupCollection
     device: torch.device
@@ -87,10 +89,47 @@ class Layout:
             cp_rank=parallel_state.get_context_parallel_rank(),
             dp_rank=parallel_state.get_data_parallel_rank(),
             sequence_parallel=parallel.sequence_parallel,
+            mamba_context=parallel.mamba_context,
             language_groups=ProcessGroupCollection.use_mpu_process_groups(),
             vision_groups=_vision_groups(),
             device=device,
         )
+
+    @property
+    def pack_ranks(self) -> int:
+        """Ranks that work on one pack: tensor x context parallel."""
+        return self.tp * self.cp
+
+    @property
+    def pack_rank(self) -> int:
+        """This process's number among them, which is also its rank in `language_groups.tp_cp`."""
+        return self.cp_rank * self.tp + self.tp_rank
+
+    def context_tokens(self, length: int, cp_rank: int | None = None) -> range:
+        """Positions of a pack that a context parallel rank holds: a run in the pack's own order.
+
+        Args:
+            length: Tokens of the pack.
+            cp_rank: Whose; this process's when None.
+        """
+        rank = self.cp_rank if cp_rank is None else cp_rank
+        assert length % self.cp == 0, "the config check refuses lengths that do not divide"
+        return range(length // self.cp * rank, length // self.cp * (rank + 1))
+
+    def residual_tokens(self, length: int, pack_rank: int | None = None) -> range:
+        """Positions whose rows of the residual stream a rank holds: a part of its context with sequence parallelism.
+
+        Args:
+            length: Tokens of the pack.
+            pack_rank: Whose, as `pack_rank` counts; this process's when None.
+        """
+        cp_rank, tp_rank = divmod(self.pack_rank if pack_rank is None else pack_rank, self.tp)
+        context = self.context_tokens(length, cp_rank)
+        if not self.sequence_parallel:
+            return context
+        assert len(context) % self.tp == 0, "the config check refuses lengths that do not divide"
+        part = len(context) // self.tp
+        return context[part * tp_rank : part * (tp_rank + 1)]
 
     def destroy(self) -> None:
         """Frees the groups, so that `create` can make others in the same process. Collective.

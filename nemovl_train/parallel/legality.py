@@ -22,10 +22,6 @@ def layout_problems(parallel: ParallelConfig, world_size: int, language: Languag
             problems.append(f"{key}={value} must be at least 1; set {key}=1")
     if problems:
         return problems
-    if parallel.cp > 1:
-        problems.append(
-            f"parallel.cp={parallel.cp}: context parallelism is not available in this version; set parallel.cp=1"
-        )
     product = parallel.tp * parallel.cp
     if world_size % product:
         legal = _nearest(parallel.tp, (d for d in range(1, world_size + 1) if world_size % (d * parallel.cp) == 0))
@@ -37,8 +33,24 @@ def layout_problems(parallel: ParallelConfig, world_size: int, language: Languag
     if parallel.sequence_parallel and parallel.tp == 1:
         problems.append("parallel.sequence_parallel=true needs parallel.tp > 1; set parallel.sequence_parallel=false")
     if language is not None:
-        problems += _width_problems(parallel.tp, language)
+        widths = _width_problems(parallel.tp, language)
+        problems += widths or _head_exchange_problems(parallel, language)
     return problems
+
+
+def _head_exchange_problems(parallel: ParallelConfig, language: LanguageConfig) -> list[str]:
+    """Context parallel ranks that exchange Mamba heads share each tensor parallel rank's heads and groups."""
+    if parallel.mamba_context != "head_exchange" or "M" not in language.hybrid_pattern:
+        return []
+    local = {name: getattr(language, name) // parallel.tp for name in ("mamba_num_heads", "mamba_num_groups")}
+    bad = [f"{name} / parallel.tp = {value}" for name, value in local.items() if value % parallel.cp]
+    if not bad:
+        return []
+    legal = _nearest(parallel.cp, (d for d in range(1, min(local.values()) + 1) if not any(v % d for v in local.values())))
+    return [
+        f"parallel.mamba_context=head_exchange: parallel.cp={parallel.cp} does not divide model.language "
+        f"{', '.join(bad)}; set parallel.mamba_context=state_passing, or parallel.cp={legal}"
+    ]
 
 
 def _width_problems(tp: int, language: LanguageConfig) -> list[str]:

@@ -67,11 +67,7 @@ class Optimizers:
             if any(p.requires_grad for p in module.parameters()):
                 ddp = DistributedDataParallel(
                     model.config,
-                    DistributedDataParallelConfig(
-                        grad_reduce_in_fp32=True,
-                        overlap_grad_reduce=False,
-                        use_distributed_optimizer=optim.distributed,
-                    ),
+                    _ddp_config(optim, overlap=name == "language"),
                     module,
                     pg_collection=groups,
                 )
@@ -131,6 +127,15 @@ class Optimizers:
         self.chained.step_with_ready_grads()
         return norm
 
+    def collect_weights(self) -> None:
+        """Wait for weights that would otherwise be collected by the next forward pass. Collective.
+
+        Whoever reads weights without calling the model's modules (checkpoints, the head in evaluation) needs it first.
+        """
+        for side in self.sides:
+            if side.ddp.ddp_config.overlap_param_gather:
+                side.ddp.start_param_sync(force_sync=True)
+
     def sharded_state_dict(self, model_state: dict[str, Any], *, is_loading: bool = False) -> dict[str, Any]:
         """Optimizer state by side, reshardable to other TP, CP and DP sizes."""
         return {
@@ -154,6 +159,16 @@ def _sides(model: NemotronVL, layout: Layout) -> Iterator[tuple[str, nn.Module, 
     visual = {name: getattr(model, name) for name in ("vision_model", "projector") if getattr(model, name) is not None}
     if visual:
         yield "vision", nn.ModuleDict(visual), layout.vision_groups
+
+
+def _ddp_config(optim: OptimConfig, *, overlap: bool) -> DistributedDataParallelConfig:
+    """Tower and projector never overlap: a rank, a micro-batch or a whole stage may have no images for them."""
+    return DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=overlap and optim.overlap_grad_reduce,
+        overlap_param_gather=overlap and optim.overlap_param_gather,
+        use_distributed_optimizer=optim.distributed,
+    )
 
 
 def _parameter_groups(config: OptimizerConfig) -> dict[ParamKey, ParamGroupOverride]:

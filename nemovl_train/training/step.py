@@ -87,14 +87,14 @@ def forward_backward(
         forward_only: Skip the backward pass.
 
     Returns:
-        Sum of the scaled losses of this data parallel rank, float32 scalar on the device.
+        Sum of the scaled losses of this rank's tokens, float32 scalar on the device.
     """
 
     def forward_step(iterator: Iterator[PackBatch], stage: NemotronVL) -> tuple[torch.Tensor, LossFunction]:
         batch = next(iterator)
 
-        def weighted_sum(token_loss_S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-            loss = (token_loss_S * batch.loss_weight).sum()
+        def weighted_sum(token_loss_L: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+            loss = (token_loss_L * batch.loss_weight).sum()
             return loss, torch.ones((), dtype=torch.int, device=loss.device), {"loss": loss.detach()}
 
         return stage(batch), weighted_sum
@@ -122,7 +122,7 @@ def train_step(
     began = time.perf_counter()
     scales = loss_scales(packs, divisor, layout)
     batches = [
-        PackBatch.from_pack(pack, layout.device).scaled(scale) for pack, scale in zip(packs, scales, strict=True)
+        PackBatch.from_pack(pack, layout).scaled(scale) for pack, scale in zip(packs, scales, strict=True)
     ]
     optimizers.zero_grad()
     loss = forward_backward(model, batches, layout)
@@ -144,13 +144,16 @@ def train_step(
 
 
 def _reduce_counts(loss: torch.Tensor, packs: Sequence[Pack], layout: Layout) -> list[float]:
-    """Loss and token counts of the step in one all-reduce, so that a step has one host synchronisation here."""
+    """Loss and token counts of the step in one all-reduce, so that a step has one host synchronisation here.
+
+    Context parallel ranks each have a part of the loss, but all of them have the whole packs: one counts.
+    """
     keys = ("tokens", "supervised_tokens", "visual_tokens")
     local = [float(sum(pack.stats[key] for pack in packs)) for key in keys]
     local += [float(sum(pack.input_ids.numel() for pack in packs)), float(sum(len(pack.sample_keys) for pack in packs))]
     local += [float(sum(pack.tiles.shape[0] for pack in packs))]
-    total = torch.tensor([0.0, *local], dtype=torch.float64)
+    total = torch.tensor([0.0, *local], dtype=torch.float64) * (layout.cp_rank == 0)
     total = total.to(layout.device)
     total[0] = loss.double()
-    dist.all_reduce(total, group=layout.language_groups.dp)
+    dist.all_reduce(total, group=layout.language_groups.dp_cp)
     return total.tolist()

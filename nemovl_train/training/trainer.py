@@ -133,6 +133,7 @@ class Trainer:
 
     def save(self) -> None:
         """Publish a checkpoint of this step and drop the oldest ones. Collective."""
+        self.optimizers.collect_weights()
         path = sealed.save(
             self.folder.checkpoints,
             self.state.step,
@@ -194,7 +195,7 @@ class Trainer:
 
     def _dry_batch(self, packs: list[Pack]) -> None:
         """Forward and backward at full length before the first step: memory and shapes fail here, within seconds."""
-        batch = PackBatch.from_pack(packs[0], self.layout.device).scaled(1.0)
+        batch = PackBatch.from_pack(packs[0], self.layout).scaled(1.0)
         self.optimizers.zero_grad()
         forward_backward(self.model, [batch], self.layout)
         self.optimizers.zero_grad()
@@ -227,6 +228,7 @@ class Trainer:
     def _finish(self, stop: StopRequest) -> ExitCode:
         if self.config.evaluation.sources:
             log.info("%s: evaluating %d held-out sets", self.folder.path, len(self.config.evaluation.sources))
+        self.optimizers.collect_weights()
         evaluated = evaluate_stage(
             self.model, self.config, self.layout, self.folder.path, self.state.step, interrupted=stop.agreed
         )

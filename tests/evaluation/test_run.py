@@ -118,7 +118,7 @@ def test_what_is_given_or_follows_the_end_is_not_scored(switch, given, model, la
     pack = finished(prompt, answer, [eos, *newline], len(forced))
     at = (pack.labels >= 0).nonzero()[:, 0]
     with torch.no_grad():
-        right = model.logits(PackBatch.from_pack(pack, layout.device), at).argmax(-1) == pack.labels[at]
+        right = model.logits(PackBatch.from_pack(pack, layout), at).argmax(-1) == pack.labels[at]
     assert not right[: len(forced)].all()
     assert not right[-len(newline) :].all()
     assert right[len(forced) : -len(newline)].all()
@@ -177,7 +177,7 @@ def test_loss_is_the_mean_cross_entropy_of_supervised_tokens(name, model, layout
     nats, tokens, keys = 0.0, 0, []
     for pack in heldout_packs(data, name, tokens_per_tile=4, split="heldout", max_samples=21):
         with torch.no_grad():
-            losses = model(PackBatch.from_pack(pack, layout.device))
+            losses = model(PackBatch.from_pack(pack, layout))
         nats += float(losses[pack.labels >= 0].double().sum())
         tokens += int((pack.labels >= 0).sum())
         keys += pack.sample_keys

@@ -58,7 +58,7 @@ def build(config, layout, dtype, backend, weights=None) -> NemotronVL:
 @pytest.fixture(scope="module")
 def outcomes(layout):
     pack = random_pack(WIDE, lengths=(700, 33, 1300, 5), tiles=(2, 0, 4, 0), seq_length=2304)
-    batch = PackBatch.from_pack(pack, layout.device)
+    batch = PackBatch.from_pack(pack, layout)
     te = build(WIDE, layout, torch.bfloat16, "te")
     weights = {name: parameter.detach().clone() for name, parameter in te.named_parameters()}
     results = {"te": outcome(te, batch)}
@@ -93,10 +93,10 @@ def test_packed_equals_alone_under_te(layout, record):
     lengths = (700, 33, 1300, 5)
     pack = random_pack(config, lengths=lengths, tiles=(0, 0, 0, 0), seq_length=sum(lengths))
     with torch.no_grad():
-        together = model(PackBatch.from_pack(pack, layout.device)).split(lengths)
+        together = model(PackBatch.from_pack(pack, layout)).split(lengths)
         for number, length in enumerate(lengths):
             alone = random_pack(config, lengths=lengths, tiles=(0, 0, 0, 0), seq_length=length, only=number)
-            losses = model(PackBatch.from_pack(alone, layout.device))
+            losses = model(PackBatch.from_pack(alone, layout))
             error = relative(together[number], losses)
             record(f"packed = alone, te bf16, document of {length}", error, 3e-3)
             assert error <= 3e-3

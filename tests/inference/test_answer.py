@@ -65,7 +65,7 @@ def by_hand(folder: Path, record: dict, media: dict[str, bytes], count: int) -> 
     prompt = build_prompt(record, media, tokenizer, small_vlm.RULES)
     with single_process_model(small_vlm.CONFIG, torch.float32) as model:
         load_tensors(model, small_vlm.weights().items())
-        ids = generate(model.eval(), [prompt], device=torch.device("cpu"), max_new_tokens=count)[0]
+        ids = generate(model.eval(), [prompt], max_new_tokens=count)[0]
     return tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 

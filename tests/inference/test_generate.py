@@ -51,7 +51,7 @@ def prompts(tokenizer: TextTokenizer) -> list[Prompt]:
 def last_logits(model: NemotronVL, prompts: list[Prompt]) -> torch.Tensor:
     pack, last = pack_prompts(prompts, pad=0)
     with torch.no_grad():
-        return model.logits(PackBatch.from_pack(pack, CPU), last)
+        return model.logits(PackBatch.from_pack(pack, model.layout), last)
 
 
 def step_by_step(model: NemotronVL, prompt: Prompt, count: int) -> list[int]:
@@ -60,7 +60,7 @@ def step_by_step(model: NemotronVL, prompt: Prompt, count: int) -> list[int]:
     for _ in range(count):
         pack, last = pack_prompts([prompt], pad=0)
         with torch.no_grad():
-            logits = model.logits(PackBatch.from_pack(pack, CPU))[int(last[0])]
+            logits = model.logits(PackBatch.from_pack(pack, model.layout))[int(last[0])]
         logits[small_vlm.CONFIG.tokens.image] = float("-inf")
         out.append(int(logits.argmax()))
         prompt = prompt.extended(out[-1])
@@ -87,18 +87,18 @@ def test_generation_is_the_argmax_of_a_full_forward_at_every_step(model, prompts
     expected = [step_by_step(model, prompt, 8) for prompt in prompts]
     assert len({tuple(ids) for ids in expected}) > 1
     assert not any(small_vlm.CONFIG.tokens.eos in ids for ids in expected)
-    assert generate(model, prompts, device=CPU, max_new_tokens=8) == expected
-    assert generate(model, prompts[:1], device=CPU, max_new_tokens=3) == [expected[0][:3]]
-    assert generate(model, [], device=CPU) == []
+    assert generate(model, prompts, max_new_tokens=8) == expected
+    assert generate(model, prompts[:1], max_new_tokens=3) == [expected[0][:3]]
+    assert generate(model, []) == []
 
 
 def test_the_end_of_turn_stops_one_prompt_and_not_the_others(model, prompts, monkeypatch):
-    free = generate(model, prompts, device=CPU, max_new_tokens=8)
+    free = generate(model, prompts, max_new_tokens=8)
     # A token that some answers hold, behind their first, plays the end of turn.
     end = next(i for i in free[0][1:] if i != free[0][0] and not all(i in ids for ids in free))
     monkeypatch.setattr(model, "sizes", replace(model.sizes, tokens=replace(model.sizes.tokens, eos=end)))
     stopped = [ids[: ids.index(end)] if end in ids else ids for ids in free]
-    assert generate(model, prompts, device=CPU, max_new_tokens=8) == stopped
+    assert generate(model, prompts, max_new_tokens=8) == stopped
     assert 0 < len(stopped[0]) < max(map(len, stopped)) == 8
 
 

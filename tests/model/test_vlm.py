@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hf_oracle import canonical_gradients, copy_weights, native_inputs, relative_difference, tiny_omni
-from tiny import TINY, Sample, make_pack
+from tiny import ONE_PROCESS, TINY, Sample, make_pack
 from torch import Tensor
 
 from nemovl_train.config.schema import PARTS
@@ -32,7 +32,7 @@ def build(layout, parts=None, dtype=torch.float32) -> NemotronVL:
 
 
 def batch_of(*samples: Sample, seq_length: int | None = None) -> PackBatch:
-    return PackBatch.from_pack(make_pack(samples, seq_length or sum(len(s.ids) for s in samples)), "cpu")
+    return PackBatch.from_pack(make_pack(samples, seq_length or sum(len(s.ids) for s in samples)), ONE_PROCESS)
 
 
 def gradients(model: NemotronVL) -> dict[str, Tensor]:
@@ -93,14 +93,14 @@ def test_tiles_may_come_in_any_order(layout):
     batch = batch_of(Sample.random(6, text=(4, 3, 8), tiles=(2, 1)))
     order = torch.tensor([2, 0, 1])
     pack = replace(batch.pack, tiles=batch.pack.tiles[order], tile_token_start=batch.pack.tile_token_start[order])
-    assert relative_difference(model.logits(PackBatch.from_pack(pack, "cpu")), model.logits(batch)) < 1e-6
+    assert relative_difference(model.logits(PackBatch.from_pack(pack, ONE_PROCESS)), model.logits(batch)) < 1e-6
 
 
 def test_loss_is_that_of_the_logits(layout):
     model = build(layout)
     batch = batch_of(Sample.random(8, text=(9, 20), tiles=(1,)), seq_length=64)
     batch.pack.labels[12:20] = -100
-    batch = PackBatch.from_pack(batch.pack, "cpu")
+    batch = PackBatch.from_pack(batch.pack, ONE_PROCESS)
     logits = model.logits(batch)
     expected = F.cross_entropy(logits, batch.labels, ignore_index=-100, reduction="none")
     assert relative_difference(model(batch), expected) < 1e-6
@@ -113,10 +113,10 @@ def test_wrong_number_of_image_tokens_names_sample_and_counts(layout):
     pack = make_pack([TEXT_ONLY, Sample.random(9, text=(4, 6), tiles=(2,))], 64)
     literal = replace(pack, input_ids=pack.input_ids.index_fill(0, torch.tensor([3]), TINY.tokens.image))
     with pytest.raises(DataError, match=r"'sample-0' has 1 image tokens .* but 0 tiles, which give 0 visual features"):
-        model(PackBatch.from_pack(literal, "cpu"))
+        model(PackBatch.from_pack(literal, ONE_PROCESS))
     lost = replace(pack, tiles=pack.tiles[:1], tile_token_start=pack.tile_token_start[:1])
     with pytest.raises(DataError, match=r"'sample-1' has 8 image tokens .* but 1 tiles, which give 4 visual features"):
-        model(PackBatch.from_pack(lost, "cpu"))
+        model(PackBatch.from_pack(lost, ONE_PROCESS))
 
 
 def test_misplaced_tiles_are_refused(layout):
@@ -124,11 +124,11 @@ def test_misplaced_tiles_are_refused(layout):
     pack = make_pack([Sample.random(9, text=(4, 6), tiles=(2,))], 32)
     moved = replace(pack, tile_token_start=pack.tile_token_start + 1)
     with pytest.raises(DataError, match="not where"):
-        model(PackBatch.from_pack(moved, "cpu"))
+        model(PackBatch.from_pack(moved, ONE_PROCESS))
     with pytest.raises(DataError, match=r"2 tiles but 1 starts"):
-        model(PackBatch.from_pack(replace(pack, tile_token_start=pack.tile_token_start[:1]), "cpu"))
+        model(PackBatch.from_pack(replace(pack, tile_token_start=pack.tile_token_start[:1]), ONE_PROCESS))
     with pytest.raises(DataError, match=r"data.tile_size=64"):
-        model(PackBatch.from_pack(replace(pack, tiles=pack.tiles[..., :32, :32]), "cpu"))
+        model(PackBatch.from_pack(replace(pack, tiles=pack.tiles[..., :32, :32]), ONE_PROCESS))
 
 
 def test_text_only_pack_leaves_the_tower_alone(layout, monkeypatch):
@@ -180,7 +180,7 @@ def test_nothing_to_train_in_a_pack_still_has_a_backward_pass(layout):
     model.freeze(train=PARTS)
     pack = make_pack([TEXT_ONLY], 48)
     pack.labels.fill_(-100)
-    losses = model(PackBatch.from_pack(pack, "cpu"))
+    losses = model(PackBatch.from_pack(pack, ONE_PROCESS))
     assert not losses.any()
     losses.sum().backward()
     assert not any(gradient.any() for gradient in gradients(model).values())

@@ -23,7 +23,7 @@ def outcome(layout: Layout) -> dict[str, torch.Tensor]:
     """Gradients of tower and projector, summed over all processes as their DDP does, and logits at some positions."""
     model = build_model(TINY, layout, params_dtype=torch.float32, backend="torch", seed=7).train()
     pack = make_pack([Sample.random(10, text=(5, 20), tiles=(2,))], 64)
-    batch = PackBatch.from_pack(pack, layout.device)
+    batch = PackBatch.from_pack(pack, layout)
     model(batch).sum().backward()
     found = {name: p.grad for name, p in model.named_parameters() if name.startswith(VISUAL)}
     for gradient in found.values():

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -41,6 +42,9 @@ TINY = ModelConfig(
     projector=ProjectorConfig(ffn_hidden_size=160),
     tokens=TokenIds(image=VOCABULARY, image_start=VOCABULARY + 1, image_end=VOCABULARY + 2, video=VOCABULARY + 9),
 )
+
+ONE_PROCESS = SimpleNamespace(device=torch.device("cpu"), context_tokens=range, pack_rank=0, pack_ranks=1)
+"""What a batch asks of a layout, for batches that no process shares."""
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def without_supervision(pack):
 @torch.no_grad()
 def nats_and_weights(model, pack, mode, unit):
     """Sums over one sample that is alone in its pack: weighted cross entropy and weights, in float64."""
-    logits = model.logits(PackBatch.from_pack(pack, "cpu")).double()
+    logits = model.logits(PackBatch.from_pack(pack, model.layout)).double()
     supervised = pack.labels >= 0
     nats = torch.zeros(len(supervised), dtype=torch.float64)
     nats[supervised] = torch.nn.functional.cross_entropy(logits[supervised], pack.labels[supervised], reduction="none")
@@ -59,7 +59,7 @@ def nats_and_weights(model, pack, mode, unit):
 def gradients(model, optimizers, packs, layout, divisor):
     optimizers.zero_grad()
     scales = loss_scales(packs, divisor, layout)
-    batches = [PackBatch.from_pack(p, layout.device).scaled(s) for p, s in zip(packs, scales, strict=True)]
+    batches = [PackBatch.from_pack(p, layout).scaled(s) for p, s in zip(packs, scales, strict=True)]
     loss = forward_backward(model, batches, layout)
     return float(loss), {name: p.main_grad.clone() for name, p in model.named_parameters()}
 

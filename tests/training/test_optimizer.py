@@ -72,7 +72,7 @@ def test_three_steps_equal_torch_adamw_where_vectors_do_not_decay(layout, data, 
         reference.zero_grad()
         total = sum(float(pack.loss_weight.sum()) for pack in packs)
         for pack in packs:
-            batch = PackBatch.from_pack(pack, "cpu")
+            batch = PackBatch.from_pack(pack, layout)
             ((plain(batch) * batch.loss_weight).sum() / total).backward()
         norm = torch.nn.utils.clip_grad_norm_(named.values(), OPTIM.clip_grad)
         assert result.grad_norm == pytest.approx(float(norm), rel=1e-4)

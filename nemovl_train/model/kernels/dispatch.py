@@ -9,6 +9,7 @@ Shape legend: S tokens in a pack, D channels of the convolution, W taps, G group
 
 import functools
 import importlib.util
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -145,6 +146,17 @@ def mamba_inner(
         chunk_size=chunk_size,
     )
     return gated_rms_norm(y.flatten(1), gate, norm_weight, group_size=inner // num_groups, eps=eps)
+
+
+def phases(tensor: Tensor) -> ModuleType:
+    """`phases`, or `cuda` with the same names, for scans that hand states on."""
+    if _has_kernels(tensor):
+        from nemovl_train.model.kernels import cuda
+
+        return cuda
+    from nemovl_train.model.kernels import phases as plain
+
+    return plain
 
 
 def _has_kernels(tensor: Tensor) -> bool:

@@ -88,9 +88,9 @@ def chunk_scan(
         c: [S, G, N].
         d: [G * R].
         dt_bias: [G * R].
-        seq_idx: [1, S]; the state is zero at the first token of every document.
+        seq_idx: [1, S]; the state is zero at the first token of every document but a number 0 at the start.
         chunk_size: Tokens that are treated at once; it changes speed and rounding, not the result.
-        initial_state: [G * R, P, N], the state before the first token; it belongs to the first token's document.
+        initial_state: [G * R, P, N], the state before the first token; it belongs to document 0, as in the kernels.
 
     Returns:
         y [S, G * R, P] in the dtype of `x`, and the state after the last token [G * R, P, N] in the compute dtype.
@@ -101,7 +101,7 @@ def chunk_scan(
     shape = (-1, chunk_size, groups, heads // groups, width)
     pad = -length % chunk_size
     ids = torch.cat([seq_idx[0], seq_idx[0, -1:].expand(pad)]).view(-1, chunk_size)
-    entering = torch.cat([ids[:1, 0], ids[:-1, -1]])  # document that the state before each chunk belongs to
+    entering = torch.cat([ids.new_zeros(1), ids[:-1, -1]])  # document that the state before each chunk belongs to
 
     # Padding steps are zero: they neither decay the state nor add to it.
     step = F.pad(F.softplus(dt.to(compute) + dt_bias.to(compute)), (0, 0, 0, pad)).view(shape[:-1])

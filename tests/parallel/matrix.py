@@ -1,0 +1,427 @@
+"""One training step of a small vision-language model in many parallel layouts, on CPU ranks or GPUs.
+
+Every case is a layout, packs and a few options. All ranks of one group go through all cases; rank 0 writes what each
+gave: loss, gradient norm, logits, and every gradient gathered to its full shape. The same function without other
+processes gives what it should be. As a script it is one rank.
+
+    python tests/parallel/matrix.py --ranks 4 --rank R --folder DIR --cases NAME [NAME ...]
+"""
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from data_pipelines.schema import Pack
+from nemovl_train.config.schema import (
+    LanguageConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    ProjectorConfig,
+    TokenIds,
+    VisionConfig,
+)
+from nemovl_train.model import attention, mixer, vlm
+from nemovl_train.model.batch import PackBatch
+from nemovl_train.model.init import join_parts
+from nemovl_train.model.vlm import NemotronVL, build_model
+from nemovl_train.parallel.layout import Layout, shutdown
+from nemovl_train.training.optimizer import Optimizers
+from nemovl_train.training.step import forward_backward, loss_scales, train_step
+
+IMAGE = 256
+CHUNK = 16
+LENGTH = 256
+MODEL = ModelConfig(
+    name="matrix",
+    language=LanguageConfig(
+        hidden_size=64,
+        hybrid_pattern="M-*M",
+        num_attention_heads=8,
+        num_query_groups=4,
+        head_dim=16,
+        ffn_hidden_size=96,
+        mamba_num_heads=8,
+        mamba_head_dim=16,
+        mamba_state_dim=16,
+        mamba_num_groups=4,
+        chunk_size=CHUNK,
+        vocab_size=IMAGE + 16,
+        base_vocab_size=IMAGE,
+        max_position=LENGTH,
+    ),
+    vision=VisionConfig(
+        num_layers=2,
+        hidden_size=48,
+        num_attention_heads=4,
+        ffn_hidden_size=96,
+        tile_size=64,
+        max_resolution=128,
+        prefix_tokens=6,
+    ),
+    projector=ProjectorConfig(ffn_hidden_size=80),
+    tokens=TokenIds(image=IMAGE, image_start=IMAGE + 1, image_end=IMAGE + 2, video=IMAGE + 9),
+)
+# Two key/value heads: four context parallel ranks, or two beside two tensor parallel ones, cannot share them.
+FEW_HEADS = replace(MODEL, language=replace(MODEL.language, num_query_groups=2))
+# The predecessor's kind of model.
+ROTARY = replace(MODEL, language=replace(MODEL.language, hybrid_pattern="*-*-", position="rope", activation="swiglu"))
+MODELS = {"hybrid": MODEL, "few_heads": FEW_HEADS, "rotary": ROTARY}
+
+# Documents (length, tiles) of four packs. Lengths divide nothing; a document starts exactly where ranks of CP 2 and 4
+# meet (128), others one before and after; tiles of four tokens lie across the borders of ranks.
+DOCUMENTS = [
+    [(37, 1), (26, 5), (65, 0), (90, 7), (38, 0)],
+    [(250, 9)],
+    [(7, 0), (1, 0), (119, 3), (1, 0), (100, 0), (28, 2)],
+    [(129, 0), (2, 0), (125, 4)],
+]
+PACKS = {
+    "images": [1, 1, 1, 1],
+    "text": [0, 0, 0, 0],
+    "first": [1, 0, 0, 0],
+    "last": [0, 0, 0, 1],
+}
+
+
+def make_packs(kind: str, mode: str = "square") -> list[Pack]:
+    """The four packs, images only in those that `PACKS[kind]` marks; the third has no supervised token."""
+    return [
+        _pack(number, [(n, t * seen) for n, t in documents], mode, supervised=number != 2)
+        for number, (documents, seen) in enumerate(zip(DOCUMENTS, PACKS[kind], strict=True))
+    ]
+
+
+def _pack(number: int, documents: list[tuple[int, int]], mode: str, *, supervised: bool) -> Pack:
+    generator = torch.Generator().manual_seed(number)
+    ids, weights, starts, begin = [], [], [], 0
+    for length, tiles in documents:
+        doc = torch.randint(20, IMAGE, (length,), generator=generator)
+        first = 2 if length > 2 else 0
+        doc[first : first + 4 * tiles] = IMAGE
+        starts += [begin + first + 4 * i for i in range(tiles)]
+        targets = (doc[1:] != IMAGE) & (torch.arange(1, length) % 5 > 0)
+        n = max(1, int(targets.sum()))
+        weight = {"token": 1.0, "sample": 1 / n, "square": n**-0.5}[mode]
+        weights.append(torch.cat([targets, torch.zeros(1, dtype=torch.bool)]).float() * weight * supervised)
+        ids.append(doc)
+        begin += length
+    assert begin <= LENGTH
+    sizes = [len(doc) for doc in ids] + [LENGTH - begin] * (begin < LENGTH)
+    padding = torch.zeros(LENGTH - begin)
+    input_ids, loss_weight = torch.cat([*ids, padding.long()]), torch.cat([*weights, padding])
+    bounds = torch.tensor([0, *sizes]).cumsum(0).int()
+    tiles = torch.randint(0, 256, (len(starts), 3, 64, 64), dtype=torch.uint8, generator=generator)
+    return Pack(
+        index=number,
+        input_ids=input_ids,
+        labels=torch.where(loss_weight > 0, input_ids.roll(-1), -100),
+        loss_weight=loss_weight,
+        position_ids=torch.cat([torch.arange(n) for n in sizes]),
+        seq_idx=torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).int(),
+        cu_seqlens=torch.cat([bounds, bounds[-1:]]),
+        max_seqlen=LENGTH,
+        tiles=tiles,
+        tile_token_start=torch.tensor(starts, dtype=torch.int64),
+        media_of_tile=torch.zeros(len(tiles), dtype=torch.int32),
+        is_thumbnail=torch.zeros(len(tiles), dtype=torch.bool),
+        frame_time=torch.full((len(tiles),), float("nan")),
+        sample_keys=tuple(f"{number}.{i}" for i in range(len(ids))),
+        dataset_ids=("matrix",) * len(ids),
+        stats={
+            "tokens": begin,
+            "supervised_tokens": int((loss_weight > 0).sum()),
+            "visual_tokens": 4 * len(starts),
+            "padding": LENGTH - begin,
+        },
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One run.
+
+    Attributes:
+        parallel: The layout; data parallel is what remains.
+        broken: Name of a mechanism to switch off, in `BREAKS`: the result must then differ.
+        order: Order of the four packs.
+        steps: 0 compares one step's gradients; otherwise that many optimizer steps, and parameters are compared.
+    """
+
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    model: str = "hybrid"
+    packs: str = "images"
+    mode: str = "square"
+    divisor: str = "global"
+    train: tuple[str, ...] = ("vision", "projector", "language")
+    order: tuple[int, ...] = (0, 1, 2, 3)
+    longest_piece: int | None = None
+    overlap: bool = False
+    distributed: bool = False
+    steps: int = 0
+    broken: str | None = None
+
+    def alone(self) -> "Case":
+        """What it is compared with: the same without other ranks, pieces, overlap or sharding."""
+        return replace(
+            self,
+            parallel=ParallelConfig(),
+            order=(0, 1, 2, 3),
+            longest_piece=None,
+            overlap=False,
+            distributed=False,
+            broken=None,
+        )
+
+
+def run_case(case: Case, *, backend: str = "torch", dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """Loss, gradient norm, logits of the first pack, and all gradients or parameters, whole and on the host."""
+    config = MODELS[case.model]
+    layout = Layout.create(case.parallel, config.language)
+    try:
+        with switched_off(case.broken), _pieces_of(case.longest_piece):
+            return _outcome(case, config, layout, backend, dtype)
+    finally:
+        layout.destroy()
+
+
+def _outcome(
+    case: Case, config: ModelConfig, layout: Layout, backend: str, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    model, optimizers, optim = make_trainer(case, config, layout, backend, dtype)
+    packs = [make_packs(case.packs, case.mode)[i] for i in case.order][layout.dp_rank :: layout.dp]
+    with torch.no_grad():
+        found = {"logits": model.logits(PackBatch.from_pack(make_packs(case.packs)[0], layout)).float().cpu()}
+    if case.steps:
+        results = [
+            train_step(model, optimizers, packs, layout, lr=optim.lr, divisor=case.divisor) for _ in range(case.steps)
+        ]
+        optimizers.collect_weights()
+        found |= {f"loss {i}": torch.tensor(result.loss) for i, result in enumerate(results)}
+        found |= {f"norm {i}": torch.tensor(result.grad_norm) for i, result in enumerate(results)}
+        return found | {n: whole(p.detach(), p, n, layout) for n, p in model.named_parameters()}
+    scales = loss_scales(packs, case.divisor, layout)
+    batches = [PackBatch.from_pack(p, layout).scaled(s) for p, s in zip(packs, scales, strict=True)]
+    optimizers.zero_grad()
+    loss = forward_backward(model, batches, layout)
+    dist.all_reduce(loss, group=layout.language_groups.dp_cp)
+    optimizers.chained.prepare_grads()
+    found |= {"loss": loss.cpu(), "norm": torch.tensor(float(optimizers.chained.get_grad_norm()))}
+    return found | {n: whole(p.main_grad, p, n, layout) for n, p in model.named_parameters() if p.requires_grad}
+
+
+def make_trainer(
+    case: Case, config: ModelConfig, layout: Layout, backend: str = "torch", dtype: torch.dtype = torch.float32
+) -> tuple[NemotronVL, Optimizers, OptimConfig]:
+    """A model whose every tensor matters, and its optimizers."""
+    model = build_model(config, layout, params_dtype=dtype, backend=backend, seed=7)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            scale = 1.0 if parameter.dim() == 1 or "vision_model" in name else 3.0
+            parameter.mul_(scale)
+    model.freeze(train=case.train)
+    optim = OptimConfig(
+        lr=1e-3,
+        eps=1e-3,  # keeps an update from amplifying the rounding of tiny gradients
+        distributed=case.distributed,
+        overlap_grad_reduce=case.overlap,
+        overlap_param_gather=case.overlap and case.distributed,
+    )
+    optimizers = Optimizers(model, layout, optim, dtype)
+    model.config.no_sync_func = optimizers.no_sync
+    model.config.finalize_model_grads_func = optimizers.reduce_gradients
+    return model, optimizers, optim
+
+
+def whole(tensor: torch.Tensor, parameter: torch.Tensor, name: str, layout: Layout) -> torch.Tensor:
+    """A parameter's values or gradient in full shape, from all tensor parallel ranks."""
+    group = (layout.language_groups if name.startswith("language_model") else layout.vision_groups).tp
+    parts = [torch.empty_like(tensor) for _ in range(group.size())]
+    dist.all_gather(parts, tensor.contiguous(), group=group)
+    return join_parts(parts, parameter).float().cpu()
+
+
+@contextlib.contextmanager
+def _pieces_of(tokens: int | None) -> Iterator[None]:
+    """Makes Mamba layers cut what they scan into short pieces, as if the kernels' limit were there."""
+    kept = mixer.MambaSizes.longest_piece
+    if tokens is not None:
+        mixer.MambaSizes.longest_piece = property(lambda sizes: tokens)
+    try:
+        yield
+    finally:
+        mixer.MambaSizes.longest_piece = kept
+
+
+def _zero_states(scans, group, original=mixer._states_before):
+    states, *lefts = original(scans, group)
+    return [torch.zeros_like(state) for state in states], *lefts
+
+
+def _zero_gradients(scans, piece_lefts, rank_lefts, group, original=mixer._gradients_after):
+    return [torch.zeros_like(grad) for grad in original(scans, piece_lefts, rank_lefts, group)]
+
+
+def _zero_halos(mixed, reach, pieces, group, original=mixer._halos):
+    return [torch.zeros_like(halo) for halo in original(mixed, reach, pieces, group)]
+
+
+def _own_tokens_only(part, group):
+    return torch.cat([part] * group.size())
+
+
+def _first_share(self, sizes, rank, ranks, original=mixer.MambaParameters.share):
+    return original(self, sizes, 0, ranks)
+
+
+def _kept_rows(rows, send, receive, group, original=vlm.exchange_rows):
+    return original(rows, send, receive, group).roll(1, 0)
+
+
+BREAKS: dict[str, tuple[object, str, Callable]] = {
+    "states between ranks": (mixer, "_states_before", _zero_states),
+    "gradients of states between ranks": (mixer, "_gradients_after", _zero_gradients),
+    "halo of the convolution": (mixer, "_halos", _zero_halos),
+    "share of the mixer's parameters": (mixer.MambaParameters, "share", _first_share),
+    "keys and values of other ranks": (attention, "gather_tokens", _own_tokens_only),
+    "exchange of visual features": (vlm, "exchange_rows", _kept_rows),
+    "reduction of gradients": (Optimizers, "reduce_gradients", lambda self, *a, **k: None),
+}
+
+
+@contextlib.contextmanager
+def switched_off(name: str | None) -> Iterator[None]:
+    """Runs the block with one mechanism replaced by a wrong one."""
+    if name is None:
+        yield
+        return
+    owner, attribute, wrong = BREAKS[name]
+    kept = getattr(owner, attribute)
+    setattr(owner, attribute, wrong)
+    try:
+        yield
+    finally:
+        setattr(owner, attribute, kept)
+
+
+def worst(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> tuple[float, str]:
+    """Largest relative difference in norm over all tensors, and whose it is.
+
+    The key's third of a fused bias has no gradient but rounding, so biases of that projection count absolutely, against
+    the norm of the whole gradient.
+    """
+    assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
+    norm = float(expected.get("norm", torch.tensor(1.0)))
+    largest, where = 0.0, ""
+    for name, tensor in expected.items():
+        difference = float((found[name].double() - tensor.double()).norm())
+        scale = norm if name.endswith("linear_qkv.bias") else float(tensor.double().norm())
+        if difference == 0.0:
+            continue
+        relative = difference / scale if scale else float("inf")
+        if relative > largest or relative != relative:
+            largest, where = relative, name
+    return largest, where
+
+
+TP2 = ParallelConfig(tp=2)
+TP2_SP = ParallelConfig(tp=2, sequence_parallel=True)
+CP2 = ParallelConfig(cp=2)
+CP4 = ParallelConfig(cp=4)
+TP2_CP2 = ParallelConfig(tp=2, cp=2)
+TP2_CP2_SP = ParallelConfig(tp=2, cp=2, sequence_parallel=True)
+
+
+def heads(parallel: ParallelConfig) -> ParallelConfig:
+    """The same layout with the Mamba layers' other form."""
+    return replace(parallel, mamba_context="head_exchange")
+
+
+# On four ranks: what is left beside TP and CP is data parallel, so every layout here is one of four ranks.
+CASES: dict[str, Case] = {
+    "dp4": Case(),
+    "tp2 dp2": Case(parallel=TP2),
+    "tp2 sp dp2": Case(parallel=TP2_SP),
+    "cp2 dp2": Case(parallel=CP2),
+    "cp4": Case(parallel=CP4),
+    "tp2 cp2": Case(parallel=TP2_CP2),
+    "tp2 cp2 sp": Case(parallel=TP2_CP2_SP),
+    "cp2 dp2 heads": Case(parallel=heads(CP2)),
+    "cp4 heads": Case(parallel=heads(CP4)),
+    "tp2 cp2 sp heads": Case(parallel=heads(TP2_CP2_SP)),
+    "cp4 few heads": Case(parallel=CP4, model="few_heads"),
+    "tp2 cp2 sp few heads": Case(parallel=TP2_CP2_SP, model="few_heads"),
+    "cp4 rotary": Case(parallel=CP4, model="rotary"),
+    "tp2 cp2 sp rotary": Case(parallel=TP2_CP2_SP, model="rotary"),
+    "cp2 dp2 pieces": Case(parallel=CP2, longest_piece=48),
+    "cp2 dp2 heads pieces": Case(parallel=heads(CP2), longest_piece=48),
+    "dp4 pieces": Case(longest_piece=48),
+    "cp4 text": Case(parallel=CP4, packs="text"),
+    "cp2 dp2 first": Case(parallel=CP2, packs="first"),
+    "tp2 cp2 sp last": Case(parallel=TP2_CP2_SP, packs="last"),
+    "dp4 first": Case(packs="first"),
+    "cp2 dp2 frozen tower": Case(parallel=CP2, train=("projector", "language")),
+    "tp2 cp2 sp frozen language": Case(parallel=TP2_CP2_SP, train=("vision", "projector")),
+    "cp4 projector alone": Case(parallel=CP4, train=("projector",)),
+    "cp4 projector alone, last": Case(parallel=CP4, train=("projector",), packs="last"),
+    "cp2 dp2 language alone": Case(parallel=CP2, train=("language",), packs="first"),
+}
+CASES |= {
+    f"cp2 dp2 {mode} {divisor}": Case(parallel=CP2, mode=mode, divisor=divisor, order=(3, 1, 0, 2))
+    for mode in ("token", "sample", "square")
+    for divisor in ("global", "pack")
+}
+CASES |= {
+    "dp4 overlap": Case(overlap=True, steps=2),
+    "dp4 sharded overlap": Case(overlap=True, distributed=True, steps=3, packs="first"),
+    "cp2 dp2 sharded overlap": Case(parallel=CP2, overlap=True, distributed=True, steps=3, packs="last"),
+    "tp2 cp2 sp sharded overlap": Case(parallel=TP2_CP2_SP, overlap=True, distributed=True, steps=3),
+    "cp4 sharded": Case(parallel=CP4, distributed=True, steps=3),
+    "cp4 sharded, no image-side weights change": Case(parallel=CP4, distributed=True, steps=2, packs="text"),
+}
+CONTROLS: dict[str, Case] = {
+    "states": Case(parallel=CP4, broken="states between ranks"),
+    "state gradients": Case(parallel=CP4, broken="gradients of states between ranks"),
+    "halo": Case(parallel=CP4, broken="halo of the convolution"),
+    "shares": Case(parallel=heads(CP4), broken="share of the mixer's parameters"),
+    "keys": Case(parallel=CP4, model="few_heads", broken="keys and values of other ranks"),
+    "features": Case(parallel=CP4, broken="exchange of visual features"),
+    "reduction": Case(parallel=CP2, broken="reduction of gradients"),
+}
+QUICK = ("tp2 sp dp2", "cp4", "tp2 cp2 sp", "cp4 heads", "cp4 few heads", "cp2 dp2 pieces", "cp2 dp2 first")
+"""The cheapest of each mechanism, for every run of the tests; the rest is for the whole matrix."""
+
+
+def main() -> None:
+    """One rank."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--ranks", type=int, required=True)
+    parser.add_argument("--rank", type=int, required=True)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--backend", default="torch")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--cases", nargs="+", required=True)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(args.rank)
+    store = dist.FileStore(str(args.folder / "store"), args.ranks)
+    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=args.rank, world_size=args.ranks)
+    every = CASES | CONTROLS
+    for name in args.cases:
+        found = run_case(every[name], backend=args.backend, dtype=getattr(torch, args.dtype))
+        if args.rank == 0:
+            torch.save(found, args.folder / f"{name}.pt")
+    shutdown()
+
+
+if __name__ == "__main__":
+    main()
+    sys.exit(0)
