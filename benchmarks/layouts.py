@@ -1,10 +1,14 @@
 """Train the same packs in several parallel layouts and compare losses and gradient norms step by step.
 
-    python benchmarks/layouts.py --processes 4 --out results.json          # GPUs, bf16, 12B widths, one layer of a kind
-    python benchmarks/layouts.py --processes 2 --small --out results.json  # CPU, fp32, laptop widths
+    python benchmarks/layouts.py --processes 4 --out results.json               # GPUs, te in bf16, 12B widths, shallow
+    python benchmarks/layouts.py --processes 4 --dtype fp32 --out results.json  # the same, kernels and torch in fp32
+    python benchmarks/layouts.py --processes 2 --small --out results.json       # CPU, fp32, laptop widths
 
 Starts torchrun once per layout. Every layout sees the same global batch (8 packs a step, images in some documents) and
 the same initial weights, which are keyed by parameter name and sliced, so that only the order of sums differs.
+
+A layout's name says how the processes are used: `tp2sp` tensor parallel 2 with sequence parallelism, `cp4` context
+parallel 4, `cp4heads` the same with Mamba layers that exchange heads; what is left is data parallel.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -30,6 +35,8 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--small", action="store_true", help="laptop widths, fp32")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--layouts", nargs="+", help="some layouts instead of all; the first is the reference")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--layout", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -40,11 +47,12 @@ def main() -> None:
 
 
 def layouts(processes: int) -> list[str]:
-    """Layouts to run, the reference first: `tp4sp` is tensor parallel 4 with sequence parallelism, the rest is data."""
-    names = ["tp1"]
+    """Layouts to run, the reference first."""
+    names = ["dp"]
     size = 2
     while size <= processes:
-        names += [f"tp{size}", f"tp{size}sp"]
+        names += [f"tp{size}", f"tp{size}sp", f"cp{size}", f"cp{size}heads"]
+        names += [f"tp2cp{size // 2}sp"] if size > 2 else []
         size *= 2
     return names
 
@@ -53,19 +61,24 @@ def compare(args: argparse.Namespace) -> None:
     """Run the layouts one after the other and write the table."""
     rows = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name in layouts(args.processes):
+        for name in args.layouts or layouts(args.processes):
             out = Path(folder) / f"{name}.json"
-            own = [__file__, "--layout", name, "--steps", str(args.steps), "--out", str(out)]
+            own = [__file__, "--layout", name, "--steps", str(args.steps), "--dtype", args.dtype, "--out", str(out)]
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
             command += ["--nproc-per-node", str(args.processes), *own, *(["--small"] if args.small else [])]
             subprocess.run(
                 command,
                 check=True,
-                env={**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.processes))},
+                env={
+                    **os.environ,
+                    "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.processes)),
+                    # Triton multiplies fp32 in TF32 unless it is told otherwise.
+                    "TRITON_F32_DEFAULT": "ieee",
+                },
             )
             rows[name] = json.loads(out.read_text())
             print(f"{name} done", flush=True)
-    reference = rows["tp1"]
+    reference = next(iter(rows.values()))
     for row in rows.values():
         for key in ("loss", "grad_norm"):
             pairs = zip(row[key], reference[key], strict=True)
@@ -80,7 +93,7 @@ def compare(args: argparse.Namespace) -> None:
     args.out.write_text(json.dumps(result, indent=1))
     for name, row in rows.items():
         print(
-            f"{name:<8} loss {row['loss'][0]:.5f} -> {row['loss'][-1]:.5f}   largest relative difference: "
+            f"{name:<12} loss {row['loss'][0]:.5f} -> {row['loss'][-1]:.5f}   largest relative difference: "
             f"loss {row['loss_difference']:.1e}  gradient norm {row['grad_norm_difference']:.1e}   "
             f"{row['peak_gib']:.1f} GiB  {row['median_step_seconds'] * 1e3:.0f} ms"
         )
@@ -103,14 +116,21 @@ def train_one(args: argparse.Namespace) -> None:
     from nemovl_train.training.optimizer import Optimizers
     from nemovl_train.training.step import train_step
 
-    sequence_parallel = args.layout.endswith("sp")
-    tp = int(args.layout.removeprefix("tp").removesuffix("sp"))
+    sizes = {kind: int(size) for kind, size in re.findall(r"(tp|cp)(\d+)", args.layout)}
+    parallel = ParallelConfig(
+        tp=sizes.get("tp", 1),
+        cp=sizes.get("cp", 1),
+        sequence_parallel=args.layout.endswith("sp"),
+        mamba_context="head_exchange" if args.layout.endswith("heads") else "state_passing",
+    )
     config, shapes = model_and_shapes(small=args.small)
-    layout = Layout.create(ParallelConfig(tp=tp, sequence_parallel=sequence_parallel), config.language)
+    layout = Layout.create(parallel, config.language)
     if layout.device.type == "cuda":
         one_configuration_per_kernel()
-    dtype = torch.float32 if args.small else torch.bfloat16
-    model = build_model(config, layout, params_dtype=dtype)
+    plain = args.small or args.dtype == "fp32"
+    dtype = torch.float32 if plain else torch.bfloat16
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    model = build_model(config, layout, params_dtype=dtype, backend="torch" if plain else "te")
     model.freeze(train=config.parts)
     optim = OptimConfig(lr=LEARNING_RATE, weight_decay=0.01)
     optimizers = Optimizers(model, layout, optim, dtype)
@@ -127,7 +147,7 @@ def train_one(args: argparse.Namespace) -> None:
     cuda = layout.device.type == "cuda"
     row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
     row["device"] = torch.cuda.get_device_name() if cuda else "CPU"
-    row["dtype"], row["tp"], row["dp"], row["sequence_parallel"] = str(dtype), tp, layout.dp, sequence_parallel
+    row["dtype"], row["dp"] = str(dtype), layout.dp
     if layout.rank == 0:
         args.out.write_text(json.dumps(row))
     layout.destroy()

@@ -204,10 +204,18 @@ class LanguageModel(HybridModel):
         hidden = self.hidden_states(self.embed(input_ids) if embeddings is None else embeddings, pack)
         if labels is None:
             return self.logits(hidden)
-        # The loss takes the head's weight without calling it; a call is what makes megatron-core collect updated weights.
-        for hook in self.output_layer._forward_pre_hooks.values():
-            hook(self.output_layer, ())
+        collect_weights(self.output_layer)
         return token_loss(hidden, self.output_layer, labels, supervised)
+
+
+def collect_weights(module: torch.nn.Module) -> None:
+    """Do what megatron-core does to a module's weights before a call, for one that is used without being called.
+
+    With `overlap_param_gather` updated weights are collected by hooks that run when their module is called; the loss
+    takes the head's weight without calling the head.
+    """
+    for hook in module._forward_pre_hooks.values():
+        hook(module, ())
 
 
 def build_language_model(

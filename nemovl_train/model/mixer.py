@@ -436,9 +436,7 @@ def _inner_halos(mixed: Tensor, reach: int, pieces: list[Piece]) -> list[Tensor]
     return [mixed[piece.tokens.start - reach : piece.tokens.start] for piece in pieces[1:]]
 
 
-def _states_before(
-    scans: list[Any], group: dist.ProcessGroup | None
-) -> tuple[list[Tensor], Tensor, Tensor]:
+def _states_before(scans: list[Any], group: dist.ProcessGroup | None) -> tuple[list[Tensor], Tensor, Tensor]:
     """The exclusive scan of the module's docstring, forward.
 
     Returns:

@@ -60,7 +60,10 @@ def exchange_rows(rows: Tensor, send: list[int], receive: list[int], group: dist
 def every_rank(part: Tensor, group: dist.ProcessGroup) -> "Gathered":
     """Starts to collect equal tensors [*Z] of all ranks, without gradient; work goes on until `Gathered.wait`."""
     out = part.new_empty(group.size() * part.shape[0], *part.shape[1:])
-    return Gathered(out.unflatten(0, (group.size(), -1)), dist.all_gather_into_tensor(out, part.contiguous(), group=group, async_op=True))
+    return Gathered(
+        out.unflatten(0, (group.size(), -1)),
+        dist.all_gather_into_tensor(out, part.contiguous(), group=group, async_op=True),
+    )
 
 
 class Gathered:

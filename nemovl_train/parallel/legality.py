@@ -46,7 +46,9 @@ def _head_exchange_problems(parallel: ParallelConfig, language: LanguageConfig) 
     bad = [f"{name} / parallel.tp = {value}" for name, value in local.items() if value % parallel.cp]
     if not bad:
         return []
-    legal = _nearest(parallel.cp, (d for d in range(1, min(local.values()) + 1) if not any(v % d for v in local.values())))
+    legal = _nearest(
+        parallel.cp, (d for d in range(1, min(local.values()) + 1) if not any(v % d for v in local.values()))
+    )
     return [
         f"parallel.mamba_context=head_exchange: parallel.cp={parallel.cp} does not divide model.language "
         f"{', '.join(bad)}; set parallel.mamba_context=state_passing, or parallel.cp={legal}"

@@ -121,9 +121,7 @@ def train_step(
     """
     began = time.perf_counter()
     scales = loss_scales(packs, divisor, layout)
-    batches = [
-        PackBatch.from_pack(pack, layout).scaled(scale) for pack, scale in zip(packs, scales, strict=True)
-    ]
+    batches = [PackBatch.from_pack(pack, layout).scaled(scale) for pack, scale in zip(packs, scales, strict=True)]
     optimizers.zero_grad()
     loss = forward_backward(model, batches, layout)
     counts = _reduce_counts(loss, packs, layout)

@@ -9,8 +9,10 @@ processes gives what it should be. As a script it is one rank.
 
 import argparse
 import contextlib
+import os
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -27,11 +29,12 @@ from nemovl_train.config.schema import (
     TokenIds,
     VisionConfig,
 )
-from nemovl_train.model import attention, mixer, vlm
+from nemovl_train.model import attention, language, mixer, vlm
 from nemovl_train.model.batch import PackBatch
 from nemovl_train.model.init import join_parts
 from nemovl_train.model.vlm import NemotronVL, build_model
 from nemovl_train.parallel.layout import Layout, shutdown
+from nemovl_train.training import optimizer
 from nemovl_train.training.optimizer import Optimizers
 from nemovl_train.training.step import forward_backward, loss_scales, train_step
 
@@ -72,7 +75,8 @@ MODEL = ModelConfig(
 FEW_HEADS = replace(MODEL, language=replace(MODEL.language, num_query_groups=2))
 # The predecessor's kind of model.
 ROTARY = replace(MODEL, language=replace(MODEL.language, hybrid_pattern="*-*-", position="rope", activation="swiglu"))
-MODELS = {"hybrid": MODEL, "few_heads": FEW_HEADS, "rotary": ROTARY}
+ONE_HEAD = replace(MODEL, language=replace(MODEL.language, num_query_groups=1))
+MODELS = {"hybrid": MODEL, "few_heads": FEW_HEADS, "one_head": ONE_HEAD, "rotary": ROTARY}
 
 # Documents (length, tiles) of four packs. Lengths divide nothing; a document starts exactly where ranks of CP 2 and 4
 # meet (128), others one before and after; tiles of four tokens lie across the borders of ranks.
@@ -185,7 +189,7 @@ def run_case(case: Case, *, backend: str = "torch", dtype: torch.dtype = torch.f
     config = MODELS[case.model]
     layout = Layout.create(case.parallel, config.language)
     try:
-        with switched_off(case.broken), _pieces_of(case.longest_piece):
+        with switched_off(case.broken), _pieces_of(case.longest_piece), _small_buckets():
             return _outcome(case, config, layout, backend, dtype)
     finally:
         layout.destroy()
@@ -259,6 +263,17 @@ def _pieces_of(tokens: int | None) -> Iterator[None]:
         mixer.MambaSizes.longest_piece = kept
 
 
+@contextlib.contextmanager
+def _small_buckets() -> Iterator[None]:
+    """Gives every few parameters a bucket of their own, as large models have, so that overlap has something to do."""
+    kept = optimizer._ddp_config
+    optimizer._ddp_config = lambda *args, **kwargs: replace(kept(*args, **kwargs), bucket_size=1000)
+    try:
+        yield
+    finally:
+        optimizer._ddp_config = kept
+
+
 def _zero_states(scans, group, original=mixer._states_before):
     states, *lefts = original(scans, group)
     return [torch.zeros_like(state) for state in states], *lefts
@@ -291,6 +306,7 @@ BREAKS: dict[str, tuple[object, str, Callable]] = {
     "share of the mixer's parameters": (mixer.MambaParameters, "share", _first_share),
     "keys and values of other ranks": (attention, "gather_tokens", _own_tokens_only),
     "exchange of visual features": (vlm, "exchange_rows", _kept_rows),
+    "updated weights of the head": (language, "collect_weights", lambda module: None),
     "reduction of gradients": (Optimizers, "reduce_gradients", lambda self, *a, **k: None),
 }
 
@@ -357,6 +373,8 @@ CASES: dict[str, Case] = {
     "tp2 cp2 sp heads": Case(parallel=heads(TP2_CP2_SP)),
     "cp4 few heads": Case(parallel=CP4, model="few_heads"),
     "tp2 cp2 sp few heads": Case(parallel=TP2_CP2_SP, model="few_heads"),
+    "cp2 dp2 one head": Case(parallel=CP2, model="one_head"),
+    "cp2 dp2 rotary": Case(parallel=CP2, model="rotary"),
     "cp4 rotary": Case(parallel=CP4, model="rotary"),
     "tp2 cp2 sp rotary": Case(parallel=TP2_CP2_SP, model="rotary"),
     "cp2 dp2 pieces": Case(parallel=CP2, longest_piece=48),
@@ -392,10 +410,44 @@ CONTROLS: dict[str, Case] = {
     "shares": Case(parallel=heads(CP4), broken="share of the mixer's parameters"),
     "keys": Case(parallel=CP4, model="few_heads", broken="keys and values of other ranks"),
     "features": Case(parallel=CP4, broken="exchange of visual features"),
+    "head": Case(overlap=True, distributed=True, steps=3, broken="updated weights of the head"),
     "reduction": Case(parallel=CP2, broken="reduction of gradients"),
 }
 QUICK = ("tp2 sp dp2", "cp4", "tp2 cp2 sp", "cp4 heads", "cp4 few heads", "cp2 dp2 pieces", "cp2 dp2 first")
 """The cheapest of each mechanism, for every run of the tests; the rest is for the whole matrix."""
+
+QUICK_CONTROLS = ("states", "keys", "features")
+
+
+def run_ranks(ranks: int, folder: Path, names: Iterable[str], *options: str, timeout_s: int) -> None:
+    """Start one process a rank over all cases and wait; what each case gave is then in `folder`.
+
+    Raises:
+        AssertionError: A rank failed; with what it wrote.
+    """
+    base = [sys.executable, __file__, "--ranks", str(ranks), "--folder", str(folder), *options, "--cases", *names]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    started = [
+        subprocess.Popen([*base, "--rank", str(rank)], env=environment, stderr=subprocess.PIPE, text=True)
+        for rank in range(ranks)
+    ]
+    errors = []
+    try:
+        errors = [process.communicate(timeout=timeout_s)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0] * ranks, "\n".join(errors)
+
+
+def results(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    """What a case gave."""
+    return torch.load(folder / f"{name}.pt")
+
+
+def fits(case: Case, ranks: int) -> bool:
+    """Whether this many ranks can run a case."""
+    return ranks % (case.parallel.tp * case.parallel.cp) == 0
 
 
 def main() -> None:
@@ -411,7 +463,12 @@ def main() -> None:
     torch.set_num_threads(1)
     cuda = torch.cuda.is_available()
     if cuda:
+        os.environ["LOCAL_RANK"] = str(args.rank)
         torch.cuda.set_device(args.rank)
+        sys.path.insert(0, str(Path(__file__).parents[1] / "gpu"))
+        from gpu_packs import one_configuration_per_kernel
+
+        one_configuration_per_kernel()
     store = dist.FileStore(str(args.folder / "store"), args.ranks)
     dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=args.rank, world_size=args.ranks)
     every = CASES | CONTROLS

@@ -45,9 +45,7 @@ class _Chunks:
 
     def added(self) -> Tensor:
         """[1, C, H, P, N] float32, what each chunk adds to the state of its last token's document."""
-        return _chunk_state_fwd(
-            self.b, self.x, self.step, self.log_decay, seq_idx=self.inputs.ids, states_in_fp32=True
-        )
+        return _chunk_state_fwd(self.b, self.x, self.step, self.log_decay, seq_idx=self.inputs.ids, states_in_fp32=True)
 
     def before(self, added: Tensor, entering: Tensor, dtype: torch.dtype) -> Tensor:
         """[1, C, H, P, N], the state before each chunk."""
@@ -206,17 +204,25 @@ def _around_start(x: Tensor, ids: Tensor, halo: Tensor, halo_ids: Tensor) -> tup
 
 def _conv(x: Tensor, weight: Tensor, bias: Tensor, ids: Tensor) -> Tensor:
     # The kernel takes document numbers only in its channels-last form: [1, D, S] with D contiguous.
-    out = causal_conv1d_fwd_function(x.t().unsqueeze(0), weight, bias, ids, None, None, True)
+    out = causal_conv1d_fwd_function(_aligned(x).t().unsqueeze(0), weight, bias, ids, None, None, True)
     return out.squeeze(0).t()
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """The kernel reads rows in units of eight; columns of a projection of odd width are copied first."""
+    return x if x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0 else x.contiguous()
 
 
 def _conv_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, ids: Tensor, into: Tensor
 ) -> tuple[Tensor, Tensor]:
-    x_1DS, grad_1DS, into_1DS = (t.t().unsqueeze(0) for t in (x, grad, into))
+    place = _aligned(into)
+    x_1DS, grad_1DS, into_1DS = (t.t().unsqueeze(0) for t in (_aligned(x), grad, place))
     _, grad_weight, grad_bias, _ = causal_conv1d_bwd_function(
         *(x_1DS, weight, bias, grad_1DS, ids, None, None, into_1DS, False, True)
     )
+    if place is not into:
+        into.copy_(place)
     return grad_weight, grad_bias
 
 

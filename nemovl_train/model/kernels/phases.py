@@ -121,7 +121,9 @@ class BackwardScan:
         return a, d, dt_bias
 
 
-def _scan(inputs: ScanInputs, tensors: tuple[Tensor, ...] | list[Tensor], first: Tensor | None) -> tuple[Tensor, Tensor]:
+def _scan(
+    inputs: ScanInputs, tensors: tuple[Tensor, ...] | list[Tensor], first: Tensor | None
+) -> tuple[Tensor, Tensor]:
     x, dt, a, b, c, d, dt_bias = tensors
     return reference.chunk_scan(
         x, dt, a, b, c, d=d, dt_bias=dt_bias, seq_idx=inputs.ids, chunk_size=inputs.chunk_size, initial_state=first

@@ -1,0 +1,79 @@
+"""The layout matrix of `tests/parallel` on as many GPUs as there are: fp32 against one GPU, and `te` in bf16.
+
+In bf16 a layout may err, against fp32 on one GPU, at most 1.5 times what `te` on one GPU errs: sums in another order
+round differently, a wrong one would be off by far more.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "parallel"))
+import matrix
+
+pytestmark = pytest.mark.gpu
+
+RANKS = torch.cuda.device_count()
+NAMES = [name for name, case in matrix.CASES.items() if RANKS > 1 and matrix.fits(case, RANKS)]
+CONTROLS = [name for name, case in matrix.CONTROLS.items() if RANKS > 1 and matrix.fits(case, RANKS)]
+FP32 = 1e-4
+SLACK = 1.5
+TIMEOUT_S = 400
+
+
+@pytest.fixture(scope="module")
+def alone():
+    known = {}
+
+    def compute(case, backend, dtype):
+        key = (case.alone(), backend)
+        if key not in known:
+            known[key] = matrix.run_case(case.alone(), backend=backend, dtype=dtype)
+        return known[key]
+
+    return compute
+
+
+@pytest.fixture(scope="module")
+def fp32(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fp32")
+    matrix.run_ranks(RANKS, folder, [*NAMES, *CONTROLS], timeout_s=TIMEOUT_S)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def te(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("te")
+    matrix.run_ranks(RANKS, folder, NAMES, "--backend", "te", "--dtype", "bfloat16", timeout_s=TIMEOUT_S)
+    return folder
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_layout_equals_one_gpu_in_fp32(name, fp32, alone, record):
+    error, where = matrix.worst(matrix.results(fp32, name), alone(matrix.CASES[name], "torch", torch.float32))
+    record(f"{RANKS} GPUs, fp32, {name}: {where}", error, FP32)
+    assert error <= FP32, where
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_a_broken_layout_does_not(name, fp32, alone, record):
+    error, where = matrix.worst(matrix.results(fp32, name), alone(matrix.CONTROLS[name], "torch", torch.float32))
+    record(f"{RANKS} GPUs, fp32, switched off: {name}", error, float("inf"))
+    assert error > 1e-3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_te_errs_as_on_one_gpu(name, te, alone, record):
+    exact = alone(matrix.CASES[name], "torch", torch.float32)
+    one, found = alone(matrix.CASES[name], "te", torch.bfloat16), matrix.results(te, name)
+    assert found.keys() == exact.keys()
+    worst, where = 0.0, ""
+    for key in exact:
+        alone_error = matrix.worst({key: one[key]}, {key: exact[key]})[0]
+        ratio = matrix.worst({key: found[key]}, {key: exact[key]})[0] / max(alone_error, 1e-3)
+        if ratio > worst and not key.endswith("linear_qkv.bias"):
+            worst, where = ratio, key
+    record(f"{RANKS} GPUs, te bf16, {name}, error over one GPU's: {where}", worst, SLACK)
+    assert worst <= SLACK, where
