@@ -32,6 +32,7 @@ W taps. Sizes are this tensor parallel rank's.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -365,11 +366,16 @@ class _ScanAcrossRanks(torch.autograd.Function):
             for piece, halo in zip(pieces, halos, strict=True)
         ]
         states, piece_lefts, rank_lefts = _states_before(scans, group)
-        y = torch.cat([scan.outputs(state).flatten(1) for scan, state in zip(scans, states, strict=True)])
-        out, kept = kernels.gated_norm_forward(
-            *(y, sizes.split(projected)[0], parameters.norm_weight), group_size=sizes.group_size, eps=GATED_NORM_EPS
-        )
-        ctx.save_for_backward(projected, *tensors, halos[0], y, kept, piece_lefts, rank_lefts, *states)
+        gate, out = sizes.split(projected)[0], projected.new_empty(len(projected), sizes.inner)
+        scanned = [scan.outputs(state).flatten(1) for scan, state in zip(scans, states, strict=True)]
+        kept = [
+            kernels.gated_norm_forward(
+                *(y, gate[piece.tokens], parameters.norm_weight, sizes.group_size, GATED_NORM_EPS),
+                into=out[piece.tokens],
+            )
+            for y, piece in zip(scanned, pieces, strict=True)
+        ]
+        ctx.save_for_backward(projected, *tensors, halos[0], piece_lefts, rank_lefts, *scanned, *kept, *states)
         ctx.sizes, ctx.pieces, ctx.group = sizes, pieces, group
         return out
 
@@ -377,25 +383,25 @@ class _ScanAcrossRanks(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         sizes, pieces, group = ctx.sizes, ctx.pieces, ctx.group
         saved = iter(ctx.saved_tensors)
-        projected, parameters = next(saved), MambaParameters(*(next(saved) for _ in range(6)))
-        halo, y, kept, piece_lefts, rank_lefts, *states = saved
+        projected, parameters = next(saved), MambaParameters(*itertools.islice(saved, 6))
+        halo, piece_lefts, rank_lefts = itertools.islice(saved, 3)
+        scanned, kept, states = (list(itertools.islice(saved, len(pieces))) for _ in range(3))
         kernels = dispatch.phases(projected)
         gate, mixed, _ = sizes.split(projected)
         grad_projected = torch.empty_like(projected)
         grad_gate, grad_mixed, grad_dt = sizes.split(grad_projected)
 
-        grad_y, grad_norm = kernels.gated_norm_backward(
-            *(grad, y, gate, parameters.norm_weight, kept),
-            group_size=sizes.group_size,
-            eps=GATED_NORM_EPS,
-            into=grad_gate,
-        )
-        grad_y = grad_y.unflatten(1, (-1, sizes.head_dim))
         halos = [halo, *_inner_halos(mixed, sizes.taps - 1, pieces)]
-        scans = [
-            kernels.BackwardScan(_scan_inputs(projected, parameters, sizes, piece, before), state, grad_y[piece.tokens])
-            for piece, before, state in zip(pieces, halos, states, strict=True)
-        ]
+        scans, of_norm = [], []
+        for piece, before, y, keep, state in zip(pieces, halos, scanned, kept, states, strict=True):
+            grad_y, grad_norm = kernels.gated_norm_backward(
+                *(grad[piece.tokens], y, gate[piece.tokens], parameters.norm_weight, keep),
+                *(sizes.group_size, GATED_NORM_EPS),
+                into=grad_gate[piece.tokens],
+            )
+            of_norm.append(grad_norm)
+            inputs = _scan_inputs(projected, parameters, sizes, piece, before)
+            scans.append(kernels.BackwardScan(inputs, state, grad_y.unflatten(1, (-1, sizes.head_dim))))
         after = _gradients_after(scans, piece_lefts, rank_lefts, group)
         # Gradient of what the convolution gave; the scans fill it before it goes through the convolution.
         grad_conv = mixed.new_empty(mixed.shape)
@@ -406,7 +412,7 @@ class _ScanAcrossRanks(torch.autograd.Function):
         grad_weight, grad_bias = _conv_gradients(grad_conv, mixed, parameters, pieces, halos, grad_mixed, group)
         grad_a, grad_d, grad_dt_bias = (sum(parts) for parts in zip(*of_scan, strict=True))
         grad_a_log = -grad_a * torch.exp(parameters.a_log.float())
-        of_parameters = (grad_weight, grad_bias, grad_dt_bias, grad_a_log, grad_d, grad_norm)
+        of_parameters = (grad_weight, grad_bias, grad_dt_bias, grad_a_log, grad_d, sum(of_norm))
         return grad_projected, *of_parameters, None, None, None
 
 

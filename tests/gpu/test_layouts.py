@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from nemovl_train.config.schema import ParallelConfig
+from nemovl_train.parallel.layout import Layout
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "parallel"))
 import matrix
 
@@ -25,15 +28,16 @@ TIMEOUT_S = 400
 
 @pytest.fixture(scope="module")
 def alone():
-    known = {}
+    known, layout = {}, Layout.create(ParallelConfig())
 
     def compute(case, backend, dtype):
         key = (case.alone(), backend)
         if key not in known:
-            known[key] = matrix.run_case(case.alone(), backend=backend, dtype=dtype)
+            known[key] = matrix.run_in(layout, case.alone(), backend, dtype)
         return known[key]
 
-    return compute
+    yield compute
+    layout.destroy()
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +63,7 @@ def test_a_layout_equals_one_gpu_in_fp32(name, fp32, alone, record):
 
 @pytest.mark.parametrize("name", CONTROLS)
 def test_a_broken_layout_does_not(name, fp32, alone, record):
-    error, where = matrix.worst(matrix.results(fp32, name), alone(matrix.CONTROLS[name], "torch", torch.float32))
+    error, _ = matrix.worst(matrix.results(fp32, name), alone(matrix.CONTROLS[name], "torch", torch.float32))
     record(f"{RANKS} GPUs, fp32, switched off: {name}", error, float("inf"))
     assert error > 1e-3
 

@@ -7,7 +7,7 @@ import torch
 from gpu_packs import random_pack
 
 from nemovl_train.checkpoint import sealed
-from nemovl_train.config.schema import LanguageConfig, ModelConfig, OptimConfig, ParallelConfig, VisionConfig
+from nemovl_train.config.schema import LanguageConfig, ModelConfig, OptimConfig, ParallelConfig, TokenIds, VisionConfig
 from nemovl_train.model.vlm import build_model
 from nemovl_train.parallel.layout import Layout
 from nemovl_train.training.optimizer import Optimizers
@@ -17,8 +17,10 @@ pytestmark = pytest.mark.gpu
 
 MODEL = ModelConfig(
     name="one_layer_of_each_kind",
-    language=LanguageConfig(hybrid_pattern="M-M*-", vocab_size=132096),
+    language=LanguageConfig(hybrid_pattern="M-M*-", vocab_size=16384, base_vocab_size=16000),
     vision=VisionConfig(num_layers=2),
+    # A short vocabulary: drawing 132,096 rows of initial weights would take longer than the training.
+    tokens=TokenIds(image=16000, image_start=16001, image_end=16002, video=16009),
 )
 STEPS = 12
 

@@ -9,6 +9,7 @@ processes gives what it should be. As a script it is one rank.
 
 import argparse
 import contextlib
+import itertools
 import os
 import subprocess
 import sys
@@ -184,15 +185,12 @@ class Case:
         )
 
 
-def run_case(case: Case, *, backend: str = "torch", dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+def run_in(
+    layout: Layout, case: Case, backend: str = "torch", dtype: torch.dtype = torch.float32
+) -> dict[str, torch.Tensor]:
     """Loss, gradient norm, logits of the first pack, and all gradients or parameters, whole and on the host."""
-    config = MODELS[case.model]
-    layout = Layout.create(case.parallel, config.language)
-    try:
-        with switched_off(case.broken), _pieces_of(case.longest_piece), _small_buckets():
-            return _outcome(case, config, layout, backend, dtype)
-    finally:
-        layout.destroy()
+    with switched_off(case.broken), _pieces_of(case.longest_piece), _small_buckets():
+        return _outcome(case, MODELS[case.model], layout, backend, dtype)
 
 
 def _outcome(
@@ -472,10 +470,15 @@ def main() -> None:
     store = dist.FileStore(str(args.folder / "store"), args.ranks)
     dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=args.rank, world_size=args.ranks)
     every = CASES | CONTROLS
-    for name in args.cases:
-        found = run_case(every[name], backend=args.backend, dtype=getattr(torch, args.dtype))
-        if args.rank == 0:
-            torch.save(found, args.folder / f"{name}.pt")
+    # Groups take seconds to make on GPUs: cases of one layout share them.
+    names = sorted(args.cases, key=lambda name: repr(every[name].parallel))
+    for parallel, same in itertools.groupby(names, key=lambda name: every[name].parallel):
+        layout = Layout.create(parallel)
+        for name in same:
+            found = run_in(layout, every[name], args.backend, getattr(torch, args.dtype))
+            if args.rank == 0:
+                torch.save(found, args.folder / f"{name}.pt")
+        layout.destroy()
     shutdown()
 
 

@@ -4,9 +4,14 @@ The cheapest case of each mechanism runs always, the whole matrix among the slow
 one by one, to show that the comparison would see it.
 """
 
+from dataclasses import replace
+
 import matrix
 import pytest
 import torch
+
+from nemovl_train.config.schema import ParallelConfig
+from nemovl_train.parallel.layout import Layout
 
 RANKS = 4
 BOUND = 1e-5
@@ -21,15 +26,16 @@ def _one_thread():
 @pytest.fixture(scope="module")
 def alone():
     """What a case gives without other processes, computed once."""
-    known = {}
+    known, layout = {}, Layout.create(ParallelConfig())
 
-    def compute(case):
-        key = case.alone()
+    def compute(case, **changed):
+        key = replace(case.alone(), **changed)
         if key not in known:
-            known[key] = matrix.run_case(key)
+            known[key] = matrix.run_in(layout, key)
         return known[key]
 
-    return compute
+    yield compute
+    layout.destroy()
 
 
 @pytest.fixture(scope="module")
@@ -85,5 +91,5 @@ def test_no_broken_layout_does(name, everything, alone):
 
 def test_micro_batches_and_order_do_not_matter_to_one_process(alone):
     """The reference itself: another order of packs is another order of sums and nothing else."""
-    turned = matrix.run_case(matrix.Case(order=(2, 0, 3, 1)))
+    turned = alone(matrix.Case(), order=(2, 0, 3, 1))
     assert matrix.worst(turned, alone(matrix.Case()))[0] <= BOUND

@@ -226,18 +226,16 @@ def _conv_backward(
     return grad_weight, grad_bias
 
 
-def gated_norm_forward(
-    y: Tensor, gate: Tensor, weight: Tensor, *, group_size: int, eps: float
-) -> tuple[Tensor, Tensor]:
-    """[S, D], and the reciprocal root mean squares; see `phases.gated_norm_forward`."""
-    out, _, rstd = _layer_norm_fwd(
-        y, weight, None, eps, gate, group_size=group_size, norm_before_gate=False, is_rms_norm=True
+def gated_norm_forward(y: Tensor, gate: Tensor, weight: Tensor, group_size: int, eps: float, *, into: Tensor) -> Tensor:
+    """Writes [S, D] and returns the reciprocal root mean squares; see `phases.gated_norm_forward`."""
+    *_, rstd = _layer_norm_fwd(
+        y, weight, None, eps, gate, out=into, group_size=group_size, norm_before_gate=False, is_rms_norm=True
     )
-    return out, rstd
+    return rstd
 
 
 def gated_norm_backward(
-    grad: Tensor, y: Tensor, gate: Tensor, weight: Tensor, kept: Tensor, *, group_size: int, eps: float, into: Tensor
+    grad: Tensor, y: Tensor, gate: Tensor, weight: Tensor, kept: Tensor, group_size: int, eps: float, *, into: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of y and weight; that of the gate goes to `into`. See `phases.gated_norm_backward`."""
     grad_y, grad_weight, *_ = _layer_norm_bwd(

@@ -167,15 +167,18 @@ def _joined(halo_ids: Tensor, ids: Tensor) -> Tensor:
     return torch.cat([halo_ids, ids[0]])[None]
 
 
-def gated_norm_forward(
-    y: Tensor, gate: Tensor, weight: Tensor, *, group_size: int, eps: float
-) -> tuple[Tensor, Tensor]:
-    """`reference.gated_rms_norm`, and what its backward pass wants to keep: nothing, here."""
-    return reference.gated_rms_norm(y, gate, weight, group_size=group_size, eps=eps), y.new_empty(0)
+def gated_norm_forward(y: Tensor, gate: Tensor, weight: Tensor, group_size: int, eps: float, *, into: Tensor) -> Tensor:
+    """`reference.gated_rms_norm`, written to `into` [S, D].
+
+    Returns:
+        What the backward pass wants to keep: nothing, here.
+    """
+    into.copy_(reference.gated_rms_norm(y, gate, weight, group_size=group_size, eps=eps))
+    return y.new_empty(0)
 
 
 def gated_norm_backward(
-    grad: Tensor, y: Tensor, gate: Tensor, weight: Tensor, kept: Tensor, *, group_size: int, eps: float, into: Tensor
+    grad: Tensor, y: Tensor, gate: Tensor, weight: Tensor, kept: Tensor, group_size: int, eps: float, *, into: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of y and weight of the gated norm, given that of its output; that of the gate goes to `into` [S, D]."""
     leaves = [t.detach().requires_grad_() for t in (y, gate, weight)]
