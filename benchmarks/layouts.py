@@ -4,7 +4,7 @@
     python benchmarks/layouts.py --processes 4 --dtype fp32 --out results.json  # the same, kernels and torch in fp32
     python benchmarks/layouts.py --processes 2 --small --out results.json       # CPU, fp32, laptop widths
 
-Starts torchrun once per layout. Every layout sees the same global batch (8 packs a step, images in some documents) and
+Starts torchrun once for all layouts. Every layout sees the same global batch (8 packs a step, images in some documents) and
 the same initial weights, which are keyed by parameter name and sliced, so that only the order of sums differs.
 
 A layout's name says how the processes are used: `tp2sp` tensor parallel 2 with sequence parallelism, `cp4` context
@@ -26,11 +26,11 @@ from pathlib import Path
 
 PACKS_PER_STEP = 8
 LEARNING_RATE = 1e-4
-STALL_SECONDS = 180
+STALL_SECONDS = 90
 
 
 def main() -> None:
-    """Parent: run every layout and compare. Child (under torchrun): train one layout."""
+    """Parent: start the processes and compare. Child (under torchrun): train every layout."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--steps", type=int, default=10)
@@ -38,10 +38,10 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--layouts", nargs="+", help="some layouts instead of all; the first is the reference")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--layout", help=argparse.SUPPRESS)
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.layout:
-        train_one(args)
+    if args.child:
+        train_all(args)
     else:
         compare(args)
 
@@ -58,26 +58,21 @@ def layouts(processes: int) -> list[str]:
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Run the layouts one after the other and write the table."""
-    rows = {}
+    """Run the layouts one after the other in one group of processes and write the table."""
+    names = args.layouts or layouts(args.processes)
     with tempfile.TemporaryDirectory() as folder:
-        for name in args.layouts or layouts(args.processes):
-            out = Path(folder) / f"{name}.json"
-            own = [__file__, "--layout", name, "--steps", str(args.steps), "--dtype", args.dtype, "--out", str(out)]
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-            command += ["--nproc-per-node", str(args.processes), *own, *(["--small"] if args.small else [])]
-            subprocess.run(
-                command,
-                check=True,
-                env={
-                    **os.environ,
-                    "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.processes)),
-                    # Triton multiplies fp32 in TF32 unless it is told otherwise.
-                    "TRITON_F32_DEFAULT": "ieee",
-                },
-            )
-            rows[name] = json.loads(out.read_text())
-            print(f"{name} done", flush=True)
+        own = [__file__, "--child", folder, "--layouts", *names, "--steps", str(args.steps), "--dtype", args.dtype]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node", str(args.processes), *own, *(["--small"] if args.small else [])]
+        threads = max(1, (os.cpu_count() or 1) // args.processes)
+        # Triton multiplies fp32 in TF32 unless it is told otherwise.
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TRITON_F32_DEFAULT": "ieee"}
+        failed = subprocess.run([*command, "--out", str(args.out)], check=False, env=environment).returncode
+        rows = {
+            name: json.loads(path.read_text()) for name in names if (path := Path(folder) / f"{name}.json").exists()
+        }
+    if not rows:
+        sys.exit("no layout finished")
     reference = next(iter(rows.values()))
     for row in rows.values():
         for key in ("loss", "grad_norm"):
@@ -97,17 +92,30 @@ def compare(args: argparse.Namespace) -> None:
             f"loss {row['loss_difference']:.1e}  gradient norm {row['grad_norm_difference']:.1e}   "
             f"{row['peak_gib']:.1f} GiB  {row['median_step_seconds'] * 1e3:.0f} ms"
         )
+    sys.exit(failed)
 
 
-def train_one(args: argparse.Namespace) -> None:
-    """Train one layout on this process's ranks; rank 0 writes losses, gradient norms, memory and step time."""
+def train_all(args: argparse.Namespace) -> None:
+    """One process: train every layout; rank 0 writes what each gave."""
     import faulthandler
 
     import torch
 
-    # A layout that hangs says where, in every process.
-    faulthandler.dump_traceback_later(STALL_SECONDS, exit=True)
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "gpu"))
+    for name in args.layouts:
+        # A layout that hangs says where, in every process.
+        faulthandler.dump_traceback_later(STALL_SECONDS, exit=True)
+        began = time.perf_counter()
+        row = train_one(name, args)
+        if torch.distributed.get_rank() == 0:
+            (args.child / f"{name}.json").write_text(json.dumps(row))
+            print(f"{name} done in {time.perf_counter() - began:.0f} s", flush=True)
+    faulthandler.cancel_dump_traceback_later()
+
+
+def train_one(name: str, args: argparse.Namespace) -> dict:
+    """Losses, gradient norms, memory and step time of one layout."""
+    import torch
     from gpu_packs import one_configuration_per_kernel, random_pack
 
     from nemovl_train.config.schema import OptimConfig, ParallelConfig
@@ -116,17 +124,19 @@ def train_one(args: argparse.Namespace) -> None:
     from nemovl_train.training.optimizer import Optimizers
     from nemovl_train.training.step import train_step
 
-    sizes = {kind: int(size) for kind, size in re.findall(r"(tp|cp)(\d+)", args.layout)}
+    sizes = {kind: int(size) for kind, size in re.findall(r"(tp|cp)(\d+)", name)}
     parallel = ParallelConfig(
         tp=sizes.get("tp", 1),
         cp=sizes.get("cp", 1),
-        sequence_parallel=args.layout.endswith("sp"),
-        mamba_context="head_exchange" if args.layout.endswith("heads") else "state_passing",
+        sequence_parallel=name.endswith("sp"),
+        mamba_context="head_exchange" if name.endswith("heads") else "state_passing",
     )
     config, shapes = model_and_shapes(small=args.small)
     layout = Layout.create(parallel, config.language)
-    if layout.device.type == "cuda":
+    cuda = layout.device.type == "cuda"
+    if cuda:
         one_configuration_per_kernel()
+        torch.cuda.reset_peak_memory_stats()
     plain = args.small or args.dtype == "fp32"
     dtype = torch.float32 if plain else torch.bfloat16
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -144,13 +154,11 @@ def train_one(args: argparse.Namespace) -> None:
         row["grad_norm"].append(result.grad_norm)
         row["seconds"].append(result.seconds)
     row["median_step_seconds"] = sorted(row.pop("seconds"))[args.steps // 2]
-    cuda = layout.device.type == "cuda"
     row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
     row["device"] = torch.cuda.get_device_name() if cuda else "CPU"
     row["dtype"], row["dp"] = str(dtype), layout.dp
-    if layout.rank == 0:
-        args.out.write_text(json.dumps(row))
     layout.destroy()
+    return row
 
 
 def model_and_shapes(*, small: bool):

@@ -1,4 +1,4 @@
-"""One configuration for each of mamba-ssm's autotuned kernels, so that a benchmark starts in seconds, the same each time.
+"""One configuration for each of mamba-ssm's autotuned kernels, so that benchmarks start in seconds and alike.
 
 Tuning all of them cold takes 80 to 105 s a process. These were chosen by mamba-ssm 2.3.2.post1's own autotuning on an
 H100 in bf16 at the 12B's shapes (head width 80, state 128, chunk 128; 16,384 packed tokens, 32 heads, 2 groups).

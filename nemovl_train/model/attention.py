@@ -84,15 +84,17 @@ class ContextAttention(MegatronModule):
         if pack.rotary is not None:
             query, key = (self._rotated(t, pack.rotary) for t in (query, key))
         if self.cp_group.size() == 1:
-            return self.core(query, key, value, None, attn_mask_type, packed_seq_params=pack)
+            return self._plain(query, key, value, attn_mask_type, pack)
         if self.exchanges_heads:
             parts = scatter_columns([t.flatten(1) for t in (query, key, value)], self.cp_group)
             query, key, value = (t.unflatten(1, (-1, width)) for t in parts)
-            out = self.core(query, key, value, None, attn_mask_type, packed_seq_params=pack)
-            return gather_columns(out.flatten(1), self.cp_group)
-        key, value = gather_tokens(torch.cat([key, value], dim=1), self.cp_group).chunk(2, dim=1)
-        mask = AttnMaskType.causal_bottom_right
-        return self.core(query, key, value, None, mask, packed_seq_params=pack.own_queries)
+            return gather_columns(self._plain(query, key, value, attn_mask_type, pack).flatten(1), self.cp_group)
+        seen = gather_tokens(torch.cat([key, value], dim=1), self.cp_group)[: pack.context.stop]
+        key, value = seen.chunk(2, dim=1)
+        return self._plain(query, key, value, AttnMaskType.causal_bottom_right, pack.own_queries)
+
+    def _plain(self, query: Tensor, key: Tensor, value: Tensor, mask: AttnMaskType, pack: PackParams) -> Tensor:
+        return self.core(query, key, value, None, attn_mask_type=mask, packed_seq_params=pack)
 
     def _rotated(self, heads: Tensor, angles: Tensor) -> Tensor:
         return apply_rotary_pos_emb(heads.unsqueeze(1), angles, self.config, cp_group=self.cp_group).squeeze(1)

@@ -1,5 +1,6 @@
 """Leaf modules of the `te` backend. Imported only where Transformer Engine and CUDA are there."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -9,10 +10,15 @@ from megatron.core.extensions.transformer_engine import (
     TEDotProductAttention,
     TERowParallelLinear,
 )
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from nemovl_train.model.backend import Backend
+
+
+# megatron-core has no name of its own for it and passes on this one's.
+_ENDS_ALIGNED = SimpleNamespace(name="padding_causal_bottom_right")
 
 
 class _NoExtraState:
@@ -35,7 +41,13 @@ class PlainRowParallelLinear(_NoExtraState, TERowParallelLinear):
 
 
 class PlainAttention(_NoExtraState, TEDotProductAttention):
-    """megatron-core's Transformer Engine attention."""
+    """megatron-core's Transformer Engine attention, also for packs in which documents have fewer queries than keys."""
+
+    def forward(self, *args: Any, attn_mask_type: Any, **options: Any) -> torch.Tensor:
+        """megatron-core's forward; it translates the mask of a pack's documents only where queries are keys."""
+        if attn_mask_type == AttnMaskType.causal_bottom_right:
+            attn_mask_type = _ENDS_ALIGNED
+        return super().forward(*args, attn_mask_type=attn_mask_type, **options)
 
 
 class PlainRMSNorm(_NoExtraState, te.RMSNorm):

@@ -49,17 +49,18 @@ def test_queries_of_each_rank_see_what_the_whole_pack_sees(name, layout, record)
     weight = torch.randn(size, 40 * 128, generator=generator).bfloat16().cuda()
 
     def run(core, dtype, ranks):
-        leaves = [t.to(dtype).requires_grad_() for t in tensors]
+        leaves = [t.to(dtype, copy=True).requires_grad_() for t in tensors]
         query, key, value = leaves
         outputs = []
         for rank in range(ranks):
             held = range(size * rank // ranks, size * (rank + 1) // ranks)
             own = query[held.start : held.stop]
             if ranks == 1:
-                out = core(own, key, value, None, AttnMaskType.causal, packed_seq_params=pack_of())
+                out = core(own, key, value, None, attn_mask_type=AttnMaskType.causal, packed_seq_params=pack_of())
             else:
-                params = pack_of(held).own_queries
-                out = core(own, key, value, None, AttnMaskType.causal_bottom_right, packed_seq_params=params)
+                seen = [t[: held.stop] for t in (key, value)]
+                options = {"attn_mask_type": AttnMaskType.causal_bottom_right}
+                out = core(own, *seen, None, **options, packed_seq_params=pack_of(held).own_queries)
             outputs.append(out.reshape(len(held), -1))
         out = torch.cat(outputs)
         out.backward(weight.to(dtype))

@@ -103,7 +103,7 @@ def test_a_lost_state_would_be_seen(monkeypatch):
 
 
 def test_one_document_of_311296_tokens(monkeypatch, record):
-    """Half the 12B's width (tensor parallel 2): 1.64 x 2^31 elements, in two pieces. Reference: fp32, one group of heads.
+    """Half the 12B's width (tensor parallel 2): 1.64 x 2^31 elements, in two pieces. Reference: fp32, a group of heads.
 
     Groups of heads share nothing up to the norm, which is theirs as well.
     """
@@ -138,7 +138,7 @@ def test_one_document_of_311296_tokens(monkeypatch, record):
 
 
 def test_one_call_beyond_the_limit_is_wrong(monkeypatch, record):
-    """Why there are pieces: one call on 1.04 x 2^31 elements gives finite nonsense at the end. Should the kernels ever
+    """Why there are pieces: one call on 1.04 x 2^31 elements gives nonsense at the end, without an error. Should the kernels ever
     be mended, this fails, and pieces can grow."""
     tokens = 98304
     assert tokens > WIDE.longest_piece
@@ -151,8 +151,7 @@ def test_one_call_beyond_the_limit_is_wrong(monkeypatch, record):
     tail = slice(-2048, None)
     error = relative(wrong["output"][tail], right["output"][tail])
     record("one call of 98,304 tokens: error of the last 2,048 outputs, without pieces", error, float("inf"))
-    assert torch.isfinite(wrong["output"]).all()
-    assert error > 0.1
+    assert not error <= 0.1  # NaN counts
 
 
 def test_pieces_are_repeatable(monkeypatch, record):

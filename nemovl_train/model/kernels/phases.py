@@ -5,7 +5,8 @@ A piece is scanned from a zero state first, which yields its `summary`; once the
 with the gradient that did come, everything else. This file holds the phases for any device, on top of `reference`;
 `cuda` has the same names on top of mamba-ssm's and causal-conv1d's kernels.
 
-Shape legend: S tokens of the piece, D channels of the convolution, W taps, G groups, H heads, P head width, N state width.
+Shape legend: S tokens of the piece, D channels of the convolution, W taps, G groups, H heads, P head width, N state
+width.
 """
 
 from dataclasses import dataclass
