@@ -1,10 +1,10 @@
 """Train the same packs in several parallel layouts and compare losses and gradient norms step by step.
 
-    python benchmarks/layouts.py --processes 4 --out results.json               # GPUs, te in bf16, 12B widths, shallow
-    python benchmarks/layouts.py --processes 4 --dtype fp32 --out results.json  # the same, kernels and torch in fp32
-    python benchmarks/layouts.py --processes 2 --small --out results.json       # CPU, fp32, laptop widths
+    python benchmarks/layouts.py --processes 4 --out O.json               # GPUs, te in bf16, 12B widths, shallow
+    python benchmarks/layouts.py --processes 4 --dtype fp32 --out O.json  # the same, kernels and torch in fp32
+    python benchmarks/layouts.py --processes 2 --small --out O.json       # CPU, fp32, laptop widths
 
-Starts torchrun once for all layouts. Every layout sees the same global batch (8 packs a step, images in some documents) and
+Starts torchrun once for all layouts. Every layout sees the same global batch (8 packs a step, images in some) and
 the same initial weights, which are keyed by parameter name and sliced, so that only the order of sums differs.
 
 A layout's name says how the processes are used: `tp2sp` tensor parallel 2 with sequence parallelism, `cp4` context
@@ -191,4 +191,6 @@ def _version(package: str) -> str:
 
 
 if __name__ == "__main__":
+    # The library of this checkout, installed or not.
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     main()

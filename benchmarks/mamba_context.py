@@ -180,4 +180,6 @@ def timed(mixer, layout, config, length: int, *, stock: bool) -> dict:
 
 
 if __name__ == "__main__":
+    # The library of this checkout, installed or not.
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     main()

@@ -16,7 +16,6 @@ from torch import nn
 
 from nemovl_train.model.backend import Backend
 
-
 # megatron-core has no name of its own for it and passes on this one's.
 _ENDS_ALIGNED = SimpleNamespace(name="padding_causal_bottom_right")
 

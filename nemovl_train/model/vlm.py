@@ -23,7 +23,7 @@ from nemovl_train.exceptions import ConfigError, DataError
 from nemovl_train.model.backend import Backend, select_backend
 from nemovl_train.model.batch import PackBatch
 from nemovl_train.model.init import init_weights
-from nemovl_train.model.language import LanguageModel, build_language_model
+from nemovl_train.model.language import LanguageModel, build_language_model, collect_weights
 from nemovl_train.model.projector import Projector
 from nemovl_train.model.vision import build_vision_tower
 from nemovl_train.parallel.exchange import exchange_rows, gather_tokens
@@ -174,6 +174,7 @@ class NemotronVL(MegatronModule):
         if positions_M is not None:
             hidden = hidden.index_select(0, positions_M)
         head = self._language().output_layer
+        collect_weights(head)
         logits = torch.nn.functional.linear(hidden.squeeze(1), head.weight).float()
         return gather_from_tensor_model_parallel_region(logits, group=head.tp_group)
 

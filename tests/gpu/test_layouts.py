@@ -40,17 +40,22 @@ def alone():
     layout.destroy()
 
 
+def asked(request, fixture):
+    """Names of the cases that the chosen tests want of a fixture."""
+    return [item.callspec.params["name"] for item in request.session.items if fixture in item.fixturenames]
+
+
 @pytest.fixture(scope="module")
-def fp32(tmp_path_factory):
+def fp32(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("fp32")
-    matrix.run_ranks(RANKS, folder, [*NAMES, *CONTROLS], timeout_s=TIMEOUT_S)
+    matrix.run_ranks(RANKS, folder, asked(request, "fp32"), timeout_s=TIMEOUT_S)
     return folder
 
 
 @pytest.fixture(scope="module")
-def te(tmp_path_factory):
+def te(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("te")
-    matrix.run_ranks(RANKS, folder, NAMES, "--backend", "te", "--dtype", "bfloat16", timeout_s=TIMEOUT_S)
+    matrix.run_ranks(RANKS, folder, asked(request, "te"), "--backend", "te", "--dtype", "bfloat16", timeout_s=TIMEOUT_S)
     return folder
 
 
