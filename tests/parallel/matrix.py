@@ -30,7 +30,7 @@ from nemovl_train.config.schema import (
     TokenIds,
     VisionConfig,
 )
-from nemovl_train.model import attention, language, mixer, vlm
+from nemovl_train.model import attention, mixer, vlm
 from nemovl_train.model.batch import PackBatch
 from nemovl_train.model.init import join_parts
 from nemovl_train.model.vlm import NemotronVL, build_model
@@ -304,7 +304,6 @@ BREAKS: dict[str, tuple[object, str, Callable]] = {
     "share of the mixer's parameters": (mixer.MambaParameters, "share", _first_share),
     "keys and values of other ranks": (attention, "gather_tokens", _own_tokens_only),
     "exchange of visual features": (vlm, "exchange_rows", _kept_rows),
-    "updated weights of the head": (language, "collect_weights", lambda module: None),
     "reduction of gradients": (Optimizers, "reduce_gradients", lambda self, *a, **k: None),
 }
 
@@ -408,7 +407,6 @@ CONTROLS: dict[str, Case] = {
     "shares": Case(parallel=heads(CP4), broken="share of the mixer's parameters"),
     "keys": Case(parallel=CP4, model="few_heads", broken="keys and values of other ranks"),
     "features": Case(parallel=CP4, broken="exchange of visual features"),
-    "head": Case(overlap=True, distributed=True, steps=3, broken="updated weights of the head"),
     "reduction": Case(parallel=CP2, broken="reduction of gradients"),
 }
 QUICK = ("tp2 sp dp2", "cp4", "tp2 cp2 sp", "cp4 heads", "cp4 few heads", "cp2 dp2 pieces", "cp2 dp2 first")
