@@ -239,6 +239,40 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """Hardware that a layout is chosen for. Checks and plans read it; a run takes the processes that it is started with.
+
+    Attributes:
+        gpu: Type of the GPUs, `h100_80gb` or `h200_141gb`.
+        gpus: GPUs of a run; None where the recipe does not say.
+        gpus_per_node: GPUs that one NVLink domain joins.
+    """
+
+    gpu: str = "h100_80gb"
+    gpus: int | None = None
+    gpus_per_node: int = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkloadConfig:
+    """What a plan assumes about data that it cannot read yet. Training does not look at it.
+
+    Attributes:
+        samples: Samples that the run is meant to see; None where nobody said.
+        sample_tokens: Mean tokens of a sample, visual ones included.
+        visual_fraction: Share of a sample's tokens that are visual.
+        supervised_fraction: Share of a sample's tokens that carry loss.
+        fill: Share of a pack that holds samples when samples are packed.
+    """
+
+    samples: int | None = None
+    sample_tokens: int = 2048
+    visual_fraction: float = 0.5
+    supervised_fraction: float = 0.3
+    fill: float = 0.99
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunSection:
     """Where a run lives: `root/name/stage`, fixed by the recipe so that a restart finds it again."""
 
@@ -261,6 +295,8 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    workload: WorkloadConfig = field(default_factory=WorkloadConfig)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,10 +22,6 @@ def layout_problems(parallel: ParallelConfig, world_size: int, language: Languag
             problems.append(f"{key}={value} must be at least 1; set {key}=1")
     if problems:
         return problems
-    if parallel.cp > 1:
-        problems.append(
-            f"parallel.cp={parallel.cp}: context parallelism is not available in this version; set parallel.cp=1"
-        )
     product = parallel.tp * parallel.cp
     if world_size % product:
         legal = _nearest(parallel.tp, (d for d in range(1, world_size + 1) if world_size % (d * parallel.cp) == 0))
