@@ -77,13 +77,17 @@ def compose_schedule(
 def compose_stage(
     schedule: ScheduleConfig, stage: StageConfig, *, values: Mapping[str, object] | None = None
 ) -> RunConfig:
-    """Composes one stage of a schedule: same run folder, the stage's overrides, then `values` (such as `init_from`).
+    """Composes one stage of a schedule: same run folder and hardware, its overrides, then `values` (as `init_from`).
 
     Raises:
         ConfigError: Every problem that was found, together.
     """
-    shared = {"run.root": schedule.run.root, "run.name": schedule.run.name}
-    return compose_run(stage.recipe, stage.overrides, values={**shared, **(values or {})})
+    shared: dict[str, object] = {"run.root": schedule.run.root, "run.name": schedule.run.name}
+    overrides = list(stage.overrides)
+    if schedule.cluster.name and not any(text.startswith("cluster=") for text in overrides):
+        overrides.insert(0, f"cluster={schedule.cluster.name}")
+        shared |= {f"cluster.{key}": value for key, value in asdict(schedule.cluster).items()}
+    return compose_run(stage.recipe, overrides, values={**shared, **(values or {})})
 
 
 def from_hydra(kind: str, config: DictConfig) -> RunConfig | ScheduleConfig:

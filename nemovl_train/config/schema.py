@@ -240,14 +240,16 @@ class LoggingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
-    """Hardware that a layout is chosen for. Checks and plans read it; a run takes the processes that it is started with.
+    """Hardware that a layout is chosen for. Checks and plans read it; a run takes the processes it is started with.
 
     Attributes:
+        name: Option of the group `cluster` that this is; a schedule hands it to its stages.
         gpu: Type of the GPUs, `h100_80gb` or `h200_141gb`.
         gpus: GPUs of a run; None where the recipe does not say.
         gpus_per_node: GPUs that one NVLink domain joins.
     """
 
+    name: str = ""
     gpu: str = "h100_80gb"
     gpus: int | None = None
     gpus_per_node: int = 8
@@ -327,6 +329,7 @@ class ScheduleConfig:
     """A chain of stages, each starting from the weights of the one before.
 
     Attributes:
+        cluster: Hardware of every stage that names none of its own; without a name the recipes decide.
         seed: Seed of demo data, of made parts and of the new projector.
         export: Write the last stage as a Hugging Face folder, verify it and write the report.
     """
@@ -335,5 +338,6 @@ class ScheduleConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     parts: PartsConfig = field(default_factory=PartsConfig)
     stages: tuple[StageConfig, ...] = ()
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     seed: int = 1234
     export: bool = True
