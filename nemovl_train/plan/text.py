@@ -26,7 +26,7 @@ def schedule_text(plans: Sequence[Plan]) -> str:
                 plan.config.run.stage,
                 _layout(plan),
                 f"{plan.config.trainer.steps:,}",
-                f"{plan.tokens_per_step / 1e6:.2f}M",
+                _count(plan.tokens_per_step),
                 f"{plan.memory.total / GIB:.1f}",
                 _yes(plan.fits),
                 f"{plan.time.total:.2f}",
@@ -101,12 +101,12 @@ def _head(plan: Plan) -> Iterator[str]:
     )
     counts = count_parameters(config.model)
     parts = [
-        f"{part} {n / 1e9:.2f}B {'trained' if part in config.trainer.train else 'frozen'}" for part, n in counts.items()
+        f"{part} {_count(n)} {'trained' if part in config.trainer.train else 'frozen'}" for part, n in counts.items()
     ]
-    yield f"parameters  {sum(counts.values()) / 1e9:.2f}B: {', '.join(parts)}"
+    yield f"parameters  {_count(sum(counts.values()))}: {', '.join(parts)}"
     yield (
-        f"data        {config.trainer.steps:,} steps of {plan.tokens_per_step / 1e6:.2f}M tokens = "
-        f"{plan.tokens_per_step * config.trainer.steps / 1e9:.1f}B, {load.fill:.1%} of it samples"
+        f"data        {config.trainer.steps:,} steps of {_count(plan.tokens_per_step)} tokens = "
+        f"{_count(plan.tokens_per_step * config.trainer.steps)}, {load.fill:.1%} of it samples"
     )
     yield (
         f"a pack      {config.data.seq_length:,} tokens, {load.samples:.1f} samples, {load.tiles} tiles, "
@@ -150,11 +150,10 @@ def _traffic(plan: Plan) -> Iterator[str]:
         yield "  none"
     for flow in plan.flows:
         yield f"  {flow.purpose:<34}{flow.bytes_per_step / 1e9:9.2f} GB  {flow.link:<8} {flow.seconds:7.3f} s"
-    save = plan.checkpoint_bytes / 1e9
     every = plan.config.checkpoint.every_steps * plan.time.total / 3600
     yield (
-        f"checkpoint {save:.0f} GB, {plan.checkpoint_seconds:.0f} s at an assumed 2 GB/s, one every {every:.1f} hours; "
-        "a stop signal has to come so long before a time limit, and a step more"
+        f"checkpoint {plan.checkpoint_bytes / 1e9:,.1f} GB, {plan.checkpoint_seconds:.0f} s at an assumed 2 GB/s, one "
+        f"every {every:.1f} hours; a stop signal has to come a step and a save before the time limit"
     )
 
 
@@ -220,6 +219,14 @@ def _layout(plan: Plan) -> str:
 
 def _name(plan: Plan) -> str:
     return f"{plan.config.run.name}/{plan.config.run.stage}"
+
+
+def _count(number: float) -> str:
+    """Four digits at most, with the unit that leaves them."""
+    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if number >= unit:
+            return f"{number / unit:.2f}{name}"
+    return f"{number:.0f}"
 
 
 def _yes(value: bool) -> str:
