@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 CLUSTERS = {"h100_x4": 4, "h100_x8": 8, "h100_x64": 64, "h100_x512": 512}
 RUNS = [name for name in list_recipes() if name.startswith("nano_") and recipe_kind(name) == "run"]
 
-# arXiv 2511.03929, tables 1 and 2: tokens a sequence, batch, tokens of the stage, peak rate, decay, context parallelism.
+# arXiv 2511.03929, tables 1 and 2: tokens a sequence, batch, tokens of the stage, peak rate, decay, context parallel.
 PAPER = {
     "stage0_projector_warmup": (16_384, 1024, 36.2e9, 2e-4, 0.01, 1),
     "stage1_sft_16k": (16_384, 128, 112.5e9, 2e-5, 0.05, 1),
@@ -45,10 +45,9 @@ def test_stages_are_the_papers(stage: str):
     assert (config.data.loss.mode, config.optim.loss_divisor) == ("square", "pack")
     # The published code weighs turns where there is no context parallelism and samples where there is.
     assert config.data.loss.unit == ("turn" if cp == 1 else "sample")
-    assert config.trainer.train == (
-        ("projector",) if stage.startswith("stage0") else ("vision", "projector", "language")
-    )
-    assert (config.data.packing == "none") == stage.startswith("stage0")
+    warmup = stage.startswith("stage0")
+    assert config.trainer.train == (("projector",) if warmup else ("vision", "projector", "language"))
+    assert (config.data.packing == "none") == warmup
     planned = to_json(make_plan(config))["data"]
     assert planned["tokens"] == pytest.approx(tokens, rel=0.01)
     assert planned["tokens_per_step"] == pytest.approx(FOLLOWS[stage][0], rel=0.01)
