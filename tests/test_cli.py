@@ -190,8 +190,12 @@ def test_plan_prints_tables_or_one_document(capsys):
     assert "GPU-hours" in run(capsys, "plan", "recipe=nano_12b_v2_vl/schedule")[1]
     assert "tp2_cp2_32k" in run(capsys, "plan", "--calibration")[1]
     assert len(json.loads(run(capsys, "plan", "--calibration", "--json")[1])) == 6
+    assert "usage: nemovl plan" in run(capsys, "plan", stage, "--serch")[2]
     assert "gpus: 8" in run(capsys, "plan", stage, "cluster=h100_x8", "--cfg", "job", "-p", "cluster")[1]
     assert not os.listdir(".")
+    # Hydra makes the folder of a sweep before its jobs.
+    sweep = run(capsys, "plan", "-m", stage, "cluster=h100_x8,h100_x64")[1]
+    assert [name in sweep for name in ("on 8 x H100", "on 64 x H100")] == [True, True]
 
 
 def test_doctor_reports_one_document(capsys):

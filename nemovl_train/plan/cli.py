@@ -52,7 +52,7 @@ def plan(argv: Sequence[str]) -> int:
         print(_schedule(config, as_json) if isinstance(config, ScheduleConfig) else _run(config, argv))
         return ExitCode.OK
 
-    return run_app(kind, rest, job)
+    return run_app(kind, rest, job, reads_only="plan")
 
 
 def _run(config: RunConfig, argv: Sequence[str]) -> str:
