@@ -17,7 +17,7 @@ from nemovl_train.config.build import build
 from nemovl_train.config.hydra_setup import PRIMARY, SCHEMAS, install, schema_off
 from nemovl_train.config.nearest import did_you_mean
 from nemovl_train.config.recipes import list_groups, list_recipes, recipe_kind, recipe_path
-from nemovl_train.config.schema import RunConfig, ScheduleConfig, StageConfig
+from nemovl_train.config.schema import ClusterConfig, RunConfig, ScheduleConfig, StageConfig
 from nemovl_train.config.validate import validate_run, validate_schedule
 from nemovl_train.exceptions import ConfigError
 
@@ -84,8 +84,10 @@ def compose_stage(
     """
     shared: dict[str, object] = {"run.root": schedule.run.root, "run.name": schedule.run.name}
     overrides = list(stage.overrides)
-    if schedule.cluster.name and not any(text.startswith("cluster=") for text in overrides):
-        overrides.insert(0, f"cluster={schedule.cluster.name}")
+    own_cluster = any(text.startswith("cluster=") for text in overrides)
+    if schedule.cluster != ClusterConfig() and not own_cluster:
+        if schedule.cluster.name:
+            overrides.insert(0, f"cluster={schedule.cluster.name}")
         shared |= {f"cluster.{key}": value for key, value in asdict(schedule.cluster).items()}
     return compose_run(stage.recipe, overrides, values={**shared, **(values or {})})
 

@@ -329,7 +329,7 @@ class ScheduleConfig:
     """A chain of stages, each starting from the weights of the one before.
 
     Attributes:
-        cluster: Hardware of every stage that names none of its own; without a name the recipes decide.
+        cluster: Hardware of every stage whose overrides name none; what the recipes say when nothing is set.
         seed: Seed of demo data, of made parts and of the new projector.
         export: Write the last stage as a Hugging Face folder, verify it and write the report.
     """

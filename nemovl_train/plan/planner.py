@@ -80,10 +80,14 @@ class Plan:
         return self.useful_tokens_per_step / self.time.total / self.grid.gpus
 
     @property
+    def useful_flops_per_step(self) -> float:
+        """Model FLOPs of a step, tower included, padding and recomputation left out."""
+        return pack_flops(self.config, self.load, useful=True).total * self.config.trainer.global_batch
+
+    @property
     def mfu(self) -> float:
-        """Useful model FLOPs, tower included, over what the GPUs' data sheet allows."""
-        flops = pack_flops(self.config, self.load, useful=True).total * self.config.trainer.global_batch
-        return flops / self.time.total / self.grid.gpus / self.gpu.peak_flops
+        """Useful model FLOPs over what the GPUs' data sheet allows."""
+        return self.useful_flops_per_step / self.time.total / self.grid.gpus / self.gpu.peak_flops
 
     @property
     def samples_planned(self) -> float:
@@ -284,6 +288,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
             "components": {name: round(value, 4) for name, value in plan.time.components().items()},
             "step_seconds": round(plan.time.total, 4),
             "tokens_per_second_per_gpu": round(plan.tokens_per_second_per_gpu, 1),
+            "useful_flops_per_step": plan.useful_flops_per_step,
             "mfu": round(plan.mfu, 4),
             "hours": round(plan.hours, 2),
             "gpu_hours": round(plan.hours * grid.gpus, 1),

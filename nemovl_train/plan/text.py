@@ -140,6 +140,7 @@ def _time(plan: Plan) -> Iterator[str]:
         f"  {'total':<18}{plan.time.total:7.3f}  {plan.tokens_per_second_per_gpu:,.0f} useful tokens/s/GPU, "
         f"MFU {plan.mfu:.1%}"
     )
+    yield f"  {plan.useful_flops_per_step / 1e15:,.1f} PFLOP of useful work a step, padding and recomputation left out"
     steps, gpu_hours = plan.config.trainer.steps, plan.hours * plan.grid.gpus
     yield f"  {steps:,} steps take {plan.hours:.1f} hours, {gpu_hours:,.0f} GPU-hours"
 

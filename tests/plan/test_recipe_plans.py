@@ -120,6 +120,8 @@ def test_a_schedule_hands_its_cluster_to_the_stages():
     stages = [compose_stage(schedule, stage) for stage in schedule.stages]
     assert all((s.cluster.gpus, s.cluster.gpu) == (8, "h200_141gb") for s in stages)
     assert stages[1].parallel.tp == 8
+    tiny = compose_schedule("tiny/schedule", ["cluster.gpus=2"])
+    assert all(compose_stage(tiny, stage).cluster.gpus == 2 for stage in tiny.stages)
     own = replace(schedule.stages[1], overrides=("cluster=h100_x64",))
     assert compose_stage(schedule, own).cluster.gpus == 64
 
