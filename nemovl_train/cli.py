@@ -36,6 +36,10 @@ def _dispatch(argv: list[str]) -> int:
         return train(argv[1:])
     if verb == "schedule":
         return _schedule(argv[1:])
+    if verb == "plan":
+        from nemovl_train.plan.cli import plan
+
+        return plan(argv[1:])
     if verb in ("-sc", "--shell-completion"):
         from nemovl_train.config.app import complete
 
@@ -225,6 +229,7 @@ def _doctor(args: argparse.Namespace) -> int:
 VERBS: dict[str, tuple[str, Callable[[Subparsers], None] | None]] = {
     "train": ("one stage or fine-tune: nemovl train recipe=NAME [key=value ...]", None),
     "schedule": ("a chain of stages; continues where it stopped", None),
+    "plan": ("before a launch: does it fit, how long does it take, what does it cost", None),
     "recipes": ("list, show and copy what is shipped", _add_recipes),
     "data": ("make and look at datasets", _add_data),
     "convert": ("to and from Hugging Face folders", _add_convert),

@@ -43,7 +43,7 @@ def test_help_names_every_verb_and_the_exit_codes(capsys):
 
 @pytest.mark.parametrize(
     "argv", [["train"], ["schedule"], ["recipes", "list"], ["data", "make-demo"], ["convert", "export"],
-             ["launch", "torchrun"], ["generate"], ["report"], ["doctor"]],
+             ["launch", "torchrun"], ["generate"], ["report"], ["doctor"], ["plan"]],
     ids=" ".join,
 )  # fmt: skip
 def test_every_verb_has_help(capsys, argv: list[str]):
@@ -59,7 +59,8 @@ def test_help_and_config_errors_import_no_torch():
         "for argv in (['--help'], ['data', '--help'], ['convert', '--help'], ['launch', '--help'], ['recipes', 'list'],"
         " ['generate', '--help'],"
         " ['train', 'recipe=tiny/stage1_sft_16k', 'optm.lr=1'], ['schedule', 'recipe=tiny/schedule', 'stages=[]'],"
-        " ['launch', 'torchrun', 'recipe=tiny/stage1_sft_16k', '--nproc', '2', '--dry-run']):\n"
+        " ['launch', 'torchrun', 'recipe=tiny/stage1_sft_16k', '--nproc', '2', '--dry-run'],"
+        " ['plan', 'recipe=nano_12b_v2_vl/schedule'], ['plan', '--calibration']):\n"
         "    try:\n"
         "        main(argv)\n"
         "    except SystemExit:\n"
@@ -111,6 +112,11 @@ def test_train_and_schedule_hand_over_a_checked_config(capsys, monkeypatch):
         (["launch", "torchrun", STAGE, "--nproc", "0"], "between 1 and"),
         (["launch", "torchrun", STAGE, "--nproc", "3", "parallel.tp=2"], "3 processes"),
         (["launch", "torchrun", "recipe=tiny/schedule", "--nproc", "2"], "is a schedule recipe"),
+        (["plan"], "recipe=NAME is missing"),
+        (["plan", "recipe=tiny/nope"], "not among"),
+        (["plan", STAGE, "parallel.tp=3"], "set parallel.tp=2"),
+        (["plan", STAGE, "--search"], "cluster.gpus=8"),
+        (["plan", "recipe=tiny/schedule", "--search"], "takes one stage"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -165,6 +171,31 @@ def test_torchrun_line_is_printed_and_started(capsys, monkeypatch):
     monkeypatch.setattr(os, "execv", lambda path, argv: started.append(argv) or sys.exit(0))
     run(capsys, "launch", "torchrun", STAGE, "--nproc", "1")
     assert started[0][:3] == [sys.executable, "-m", "torch.distributed.run"]
+
+
+def test_plan_prints_tables_or_one_document(capsys):
+    stage = "recipe=nano_12b_v2_vl/stage1_sft_16k"
+    code, out, _ = run(capsys, "plan", stage, "cluster=h100_x8")
+    assert code == ExitCode.OK
+    for part in ("8 x H100 80 GB (1 node)", "13.18B", "53,644 steps", "GiB of 79.6", "MFU", "warnings", "not yet"):
+        assert part in out, part
+    one = json.loads(run(capsys, "plan", stage, "--json", "cluster=h100_x8")[1])
+    assert one["layout"]["tp"] == 8
+    ranked = json.loads(run(capsys, "plan", stage, "cluster=h100_x8", "--json", "--search")[1])
+    assert len(ranked) > 3
+    assert run(capsys, "plan", stage, "cluster=h100_x8", "--search")[1].count("TP ") >= len(ranked)
+    chain = json.loads(run(capsys, "plan", "recipe=nano_12b_v2_vl/schedule", "--json")[1])
+    assert len(chain["stages"]) == 5
+    assert chain["total"]["gpu_hours"] == pytest.approx(sum(s["time"]["gpu_hours"] for s in chain["stages"]), rel=1e-3)
+    assert "GPU-hours" in run(capsys, "plan", "recipe=nano_12b_v2_vl/schedule")[1]
+    assert "tp2_cp2_32k" in run(capsys, "plan", "--calibration")[1]
+    assert len(json.loads(run(capsys, "plan", "--calibration", "--json")[1])) == 6
+    assert "usage: nemovl plan" in run(capsys, "plan", stage, "--serch")[2]
+    assert "gpus: 8" in run(capsys, "plan", stage, "cluster=h100_x8", "--cfg", "job", "-p", "cluster")[1]
+    assert not os.listdir(".")
+    # Hydra makes the folder of a sweep before its jobs.
+    sweep = run(capsys, "plan", "-m", stage, "cluster=h100_x8,h100_x64")[1]
+    assert [name in sweep for name in ("on 8 x H100", "on 64 x H100")] == [True, True]
 
 
 def test_doctor_reports_one_document(capsys):

@@ -40,13 +40,15 @@ flags:
   -h, --help           this text"""
 
 
-def run_app(kind: str, argv: Sequence[str], job: Callable[[Config], int]) -> int:
-    """Does what the arguments of `nemovl train` or `nemovl schedule` say.
+def run_app(kind: str, argv: Sequence[str], job: Callable[[Config], int], *, reads_only: str = "") -> int:
+    """Does what the arguments of a verb that takes a recipe say.
 
     Args:
         kind: `run` or `schedule`.
         argv: Arguments behind the verb.
         job: Runs a checked config and returns the exit code.
+        reads_only: Name of a verb that writes nothing, so that the runs of a sweep may share a folder; `train` or
+            `schedule`, after the kind, when empty.
 
     Returns:
         The job's exit code; the largest one of a sweep.
@@ -56,7 +58,7 @@ def run_app(kind: str, argv: Sequence[str], job: Callable[[Config], int]) -> int
         UserError: Flags that do not go together.
     """
     parser = get_args_parser()
-    parser.prog = f"nemovl {PRIMARY[kind]}"
+    parser.prog = f"nemovl {reads_only or PRIMARY[kind]}"
     # Hydra's own entry refuses overrides behind a flag (`--cfg job optim.lr=1`); people write them in any order.
     args = parser.parse_intermixed_args(list(argv))
     flags = _flags(argv, args.overrides)
@@ -67,6 +69,8 @@ def run_app(kind: str, argv: Sequence[str], job: Callable[[Config], int]) -> int
     if args.cfg:
         # Hydra would show `+typo=1` as part of the config: what it shows is checked first.
         _compose(kind, args)
+    if args.multirun and not reads_only:
+        _check_sweep(args.overrides)
     if args.cfg or args.info or args.multirun or args.hydra_help or args.shell_completion:
         return _through_hydra(kind, args, flags, job)
     return job(_compose(kind, args))
@@ -112,8 +116,6 @@ def _through_hydra(kind: str, args: argparse.Namespace, flags: list[str], job: C
 
     # Hydra finds the calling module by this name; it names the job and nothing else.
     task.__module__ = __name__
-    if args.multirun:
-        _check_sweep(args.overrides)
     install()
     with _command_line(["nemovl", *flags, *_with_recipe_file(args.overrides)]):
         try:

@@ -17,7 +17,7 @@ from nemovl_train.config.build import build
 from nemovl_train.config.hydra_setup import PRIMARY, SCHEMAS, install, schema_off
 from nemovl_train.config.nearest import did_you_mean
 from nemovl_train.config.recipes import list_groups, list_recipes, recipe_kind, recipe_path
-from nemovl_train.config.schema import RunConfig, ScheduleConfig, StageConfig
+from nemovl_train.config.schema import ClusterConfig, RunConfig, ScheduleConfig, StageConfig
 from nemovl_train.config.validate import validate_run, validate_schedule
 from nemovl_train.exceptions import ConfigError
 
@@ -77,13 +77,19 @@ def compose_schedule(
 def compose_stage(
     schedule: ScheduleConfig, stage: StageConfig, *, values: Mapping[str, object] | None = None
 ) -> RunConfig:
-    """Composes one stage of a schedule: same run folder, the stage's overrides, then `values` (such as `init_from`).
+    """Composes one stage of a schedule: same run folder and hardware, its overrides, then `values` (as `init_from`).
 
     Raises:
         ConfigError: Every problem that was found, together.
     """
-    shared = {"run.root": schedule.run.root, "run.name": schedule.run.name}
-    return compose_run(stage.recipe, stage.overrides, values={**shared, **(values or {})})
+    shared: dict[str, object] = {"run.root": schedule.run.root, "run.name": schedule.run.name}
+    overrides = list(stage.overrides)
+    own_cluster = any(text.startswith("cluster=") for text in overrides)
+    if schedule.cluster != ClusterConfig() and not own_cluster:
+        if schedule.cluster.name:
+            overrides.insert(0, f"cluster={schedule.cluster.name}")
+        shared |= {f"cluster.{key}": value for key, value in asdict(schedule.cluster).items()}
+    return compose_run(stage.recipe, overrides, values={**shared, **(values or {})})
 
 
 def from_hydra(kind: str, config: DictConfig) -> RunConfig | ScheduleConfig:

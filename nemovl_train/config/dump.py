@@ -24,6 +24,8 @@ RESUME_MAY_CHANGE = (
     "checkpoint",
     "evaluation",
     "logging",
+    "cluster",
+    "workload",
 )
 """Keys that a continued run may change: they move no sample and no update rule."""
 

@@ -43,8 +43,9 @@ def list_groups(extra: Sequence[Path] = ()) -> dict[str, list[str]]:
     """
     groups: dict[str, set[str]] = {}
     for root in (configs_dir(), *extra):
-        for path in root.glob("*/*.yaml"):
-            groups.setdefault(path.parent.name, set()).add(path.stem)
+        for path in root.glob("*/**/*.yaml"):
+            group, *option = path.relative_to(root).with_suffix("").parts
+            groups.setdefault(group, set()).add("/".join(option))
     return {name: sorted(options) for name, options in sorted(groups.items())}
 
 

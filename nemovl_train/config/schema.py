@@ -253,6 +253,42 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """Hardware that a layout is chosen for. Checks and plans read it; a run takes the processes it is started with.
+
+    Attributes:
+        name: Option of the group `cluster` that this is; a schedule hands it to its stages.
+        gpu: Type of the GPUs, `h100_80gb` or `h200_141gb`.
+        gpus: GPUs of a run; None where the recipe does not say.
+        gpus_per_node: GPUs that one NVLink domain joins.
+    """
+
+    name: str = ""
+    gpu: str = "h100_80gb"
+    gpus: int | None = None
+    gpus_per_node: int = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkloadConfig:
+    """What a plan assumes about data that it cannot read yet. Training does not look at it.
+
+    Attributes:
+        samples: Samples that the run is meant to see; None where nobody said.
+        sample_tokens: Mean tokens of a sample, visual ones included.
+        visual_fraction: Share of a sample's tokens that are visual.
+        supervised_fraction: Share of a sample's tokens that carry loss.
+        fill: Share of a pack that holds samples when samples are packed.
+    """
+
+    samples: int | None = None
+    sample_tokens: int = 2048
+    visual_fraction: float = 0.5
+    supervised_fraction: float = 0.3
+    fill: float = 0.99
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunSection:
     """Where a run lives: `root/name/stage`, fixed by the recipe so that a restart finds it again."""
 
@@ -275,6 +311,8 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    workload: WorkloadConfig = field(default_factory=WorkloadConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,6 +343,7 @@ class ScheduleConfig:
     """A chain of stages, each starting from the weights of the one before.
 
     Attributes:
+        cluster: Hardware of every stage whose overrides name none; what the recipes say when nothing is set.
         seed: Seed of demo data, of made parts and of the new projector.
         export: Write the last stage as a Hugging Face folder, verify it and write the report.
     """
@@ -313,5 +352,6 @@ class ScheduleConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     parts: PartsConfig = field(default_factory=PartsConfig)
     stages: tuple[StageConfig, ...] = ()
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     seed: int = 1234
     export: bool = True

@@ -21,6 +21,7 @@ BACKENDS = ("auto", "te", "torch")
 MAMBA_CONTEXTS = ("state_passing", "head_exchange")
 DIVISORS = ("global", "pack")
 MAKERS = ("none", "tiny")
+GPUS = ("h100_80gb", "h200_141gb")
 PIXEL_SHUFFLE = 2
 """Patches on a side that the projector joins into one token."""
 
@@ -43,6 +44,8 @@ def validate_run(config: RunConfig, *, world_size: int | None = None) -> list[st
         *_trainer(config),
         *_rest(config),
         *_layout(config),
+        *_cluster(config),
+        *_workload(config),
     ]
     if "vision" in config.model.parts:
         problems += _vision(config.model.vision)
@@ -288,3 +291,33 @@ def _layout(config: RunConfig) -> Iterator[str]:
     yield from _divisible("data.seq_length", config.data.seq_length, name, unit)
     if config.evaluation.sources:
         yield from _divisible("evaluation.seq_length", config.evaluation.seq_length, name, unit)
+
+
+def _cluster(config: RunConfig) -> Iterator[str]:
+    cluster = config.cluster
+    yield from _choice("cluster.gpu", cluster.gpu, GPUS)
+    yield from _at_least("cluster.gpus_per_node", cluster.gpus_per_node, 1)
+    if cluster.gpus is None:
+        return
+    yield from _at_least("cluster.gpus", cluster.gpus, 1)
+    node = cluster.gpus_per_node
+    if node >= 1 and cluster.gpus > node and cluster.gpus % node:
+        yield (
+            f"cluster.gpus={cluster.gpus}: whole nodes of cluster.gpus_per_node = {node}; "
+            f"nearest: {nearest_multiples(cluster.gpus, node)}"
+        )
+    if cluster.gpus >= 1:
+        parallel = config.parallel
+        said = layout_problems(parallel, max(parallel.tp * parallel.cp, 1))
+        found = [problem for problem in world_problems(config, cluster.gpus) if problem not in said]
+        yield from (f"cluster.gpus={cluster.gpus}: {problem}" for problem in found)
+
+
+def _workload(config: RunConfig) -> Iterator[str]:
+    workload = config.workload
+    if workload.samples is not None:
+        yield from _at_least("workload.samples", workload.samples, 1)
+    yield from _at_least("workload.sample_tokens", workload.sample_tokens, 1)
+    yield from _within("workload.visual_fraction", workload.visual_fraction, 0, 1)
+    yield from _within("workload.supervised_fraction", workload.supervised_fraction, 0, 1)
+    yield from _within("workload.fill", workload.fill, 0.01, 1)

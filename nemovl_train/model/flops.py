@@ -30,6 +30,7 @@ class PackFlops:
         head: Output layer.
         vision: Vision tower.
         projector: Projector.
+        attention_core: Part of `attention`: scores and their product with the values, without the projections.
     """
 
     mamba: float = 0.0
@@ -38,6 +39,7 @@ class PackFlops:
     head: float = 0.0
     vision: float = 0.0
     projector: float = 0.0
+    attention_core: float = 0.0
 
     @property
     def language(self) -> float:
@@ -101,19 +103,17 @@ def training_flops(
     tokens = sum(document_lengths)
     squares = sum(length * length for length in document_lengths)
     kinds = {kind: size.hybrid_pattern.count(kind) for kind in "M*-"}
+    core = kinds["*"] * language.mixing * squares * 2 * size.num_attention_heads * size.head_dim
     return PackFlops(
         mamba=kinds["M"]
         * tokens
         * (language.weights * _mamba_projections(size) + language.mixing * (_convolution(size) + _scan(size))),
-        attention=kinds["*"]
-        * (
-            language.weights * tokens * _attention_projections(size)
-            + language.mixing * squares * 2 * size.num_attention_heads * size.head_dim
-        ),
+        attention=kinds["*"] * language.weights * tokens * _attention_projections(size) + core,
         mlp=kinds["-"] * tokens * language.weights * _mlp(size),
         head=head_tokens * language.weights * 2 * size.hidden_size * size.vocab_size,
         vision=num_tiles * _tile(config.vision, vision),
         projector=num_tiles * config.tokens_per_tile * projector.weights * _projector_token(config),
+        attention_core=core,
     )
 
 

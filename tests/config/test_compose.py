@@ -112,6 +112,15 @@ def test_a_copied_recipe_runs_from_its_path(tmp_path, monkeypatch):
         copy_recipe(STAGE, target)
 
 
+def test_groups_may_have_folders():
+    found = problems("nano_12b_v2_vl/stage1_sft_16k", "data=nano_v2_vl/stage9")
+    assert found == ["data=nano_v2_vl/stage9 is not an option of this group; did you mean nano_v2_vl/stage4?"]
+    found = problems("nano_12b_v2_vl/stage1_sft_16k", "cluster=h100_x32")
+    assert "cluster=h100_x32 is not an option of this group; did you mean h100_x" in found[0]
+    config = compose_run("nano_12b_v2_vl/stage1_sft_16k", ["data=nano_v2_vl/stage3"])
+    assert (list(config.data.sources), config.data.seq_length) == (["code_reasoning"], 49152)
+
+
 def test_groups_of_ones_own_are_found(tmp_path):
     (tmp_path / "parallel").mkdir()
     (tmp_path / "parallel" / "two.yaml").write_text("tp: 2\n")

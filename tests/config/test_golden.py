@@ -4,6 +4,7 @@ Refresh them with UPDATE_GOLDEN=1 after looking at the difference.
 """
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from nemovl_train.config.recipes import list_recipes, recipe_kind
 from nemovl_train.config.schema import RunConfig, ScheduleConfig
 
 GOLDEN = Path(__file__).parent / "golden"
+ROOT = Path(__file__).parents[2]
 
 
 def check(path: Path, text: str) -> None:
@@ -36,6 +38,16 @@ def test_composed_recipe(recipe: str):
 
 def test_no_golden_file_is_left_over():
     assert {path.name for path in GOLDEN.glob("*.yaml")} == {file_of(recipe).name for recipe in list_recipes()}
+
+
+@pytest.mark.parametrize("cls", [RunConfig, ScheduleConfig], ids=lambda cls: cls.__name__)
+def test_every_option_is_read_somewhere(cls: type):
+    """By its name alone, so a name that two sections share passes if either is read."""
+    declared = {"nemovl_train/config/schema.py", "nemovl_train/config/validate.py", "data_pipelines/config.py"}
+    files = [path for top in ("nemovl_train", "data_pipelines") for path in (ROOT / top).rglob("*.py")]
+    code = "\n".join(path.read_text() for path in files if path.relative_to(ROOT).as_posix() not in declared)
+    read = set(re.findall(r"\.([a-z_0-9]+)", code))
+    assert {key for key in option_types(cls) if key.rpartition(".")[2] not in read} == set()
 
 
 def test_public_options_are_frozen():

@@ -64,6 +64,16 @@ def changed(config, key: str, value):
         ("evaluation.seq_length", 100, "nearest: 96 or 128"),
         ("evaluation.sources", {"x": ""}, "evaluation.sources.x is empty"),
         ("logging.every_steps", 0, "at least 1"),
+        ("cluster.gpu", "h100", "did you mean h100_80gb?"),
+        ("cluster.gpus", 0, "at least 1"),
+        ("cluster.gpus", 12, "nearest: 8 or 16"),
+        ("cluster.gpus", 16, "use at least 16, or at most 4 processes"),
+        ("cluster.gpus_per_node", 0, "at least 1"),
+        ("workload.samples", 0, "at least 1"),
+        ("workload.sample_tokens", 0, "at least 1"),
+        ("workload.visual_fraction", 1.5, "nearest: 1"),
+        ("workload.supervised_fraction", -0.1, "nearest: 0"),
+        ("workload.fill", 0.0, "nearest: 0.01"),
     ],
 )
 def test_one_wrong_value(base: RunConfig, key: str, value, part: str):
@@ -76,6 +86,20 @@ def test_frozen_text_only_model_needs_no_media_rows(base: RunConfig):
     text = changed(changed(base, "model.parts", ("language",)), "model.language.vocab_size", 2560)
     assert validate_run(changed(text, "trainer.train", ("language",))) == []
     assert "not among model.parts" in validate_run(text)[0]
+
+
+def test_a_layout_that_its_cluster_does_not_allow_is_said_once(base: RunConfig):
+    two = changed(changed(base, "parallel.tp", 2), "cluster.gpus", 3)
+    found = validate_run(two)
+    assert len(found) == 1
+    assert found[0].startswith("cluster.gpus=3: parallel.tp=2 x parallel.cp=1 = 2 does not divide the 3 processes")
+
+
+def test_context_parallel_lengths(base: RunConfig):
+    long = changed(changed(base, "parallel.cp", 2), "data.seq_length", 224)
+    found = validate_run(long)
+    assert any("parallel.tp x parallel.cp x model.language.chunk_size = 64; nearest: 192 or 256" in p for p in found)
+    assert validate_run(changed(base, "parallel.cp", 2)) == []
 
 
 def test_world_sizes(base: RunConfig):

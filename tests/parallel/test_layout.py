@@ -135,7 +135,7 @@ def test_refused_layout_names_the_nearest():
         (ParallelConfig(tp=3), 8, ["does not divide the 8 processes; set parallel.tp=2", "set parallel.tp=2"]),
         (ParallelConfig(tp=4), 4, ["num_query_groups=2, mamba_num_groups=2; set parallel.tp=2"]),
         (ParallelConfig(tp=0), 4, ["set parallel.tp=1"]),
-        (ParallelConfig(cp=2), 4, ["set parallel.cp=1"]),
+        (ParallelConfig(cp=2), 4, []),
         (ParallelConfig(sequence_parallel=True), 4, ["set parallel.sequence_parallel=false"]),
     ],
 )

@@ -1,0 +1,167 @@
+"""Measured runs that the planner is held against: stock megatron-core on four H100, before this project's own runs.
+
+The measurements are `benchmarks/results/2026-11-22_megatron_core_4xh100.json`. Case `tp4_16k` gave the rates of
+`timing.py` and `hardware.py`, `tp4_4k_without_sp` the cost of a launch; the other times are predictions. No constant of
+`memory.py` is fitted to a measurement.
+"""
+
+from dataclasses import dataclass, replace
+
+from nemovl_train.config.schema import LanguageConfig, ModelConfig, PrecisionConfig, RunConfig, TrainerConfig
+from nemovl_train.plan.hardware import GIB, GPU_TYPES
+from nemovl_train.plan.load import Grid, PackLoad
+from nemovl_train.plan.memory import memory
+from nemovl_train.plan.policy import BF16_MOMENTS, LEAN_STATES, Policy
+from nemovl_train.plan.timing import step_time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One measured run.
+
+    Attributes:
+        name: Key in the result file.
+        language: Text-only model that ran.
+        grid: Its layout.
+        seq_length: Tokens of a pack.
+        documents: Documents of a pack.
+        packs: Packs of a step.
+        policy: What the measured program kept and recomputed.
+        seconds: Median step.
+        peak_gib: Peak of PyTorch's allocations.
+        foreign_seconds: Part of the step that its profile gives to exchanging and reordering whole Mamba channels over
+            context parallel ranks, which our layout does not do; added to the prediction before it is compared.
+    """
+
+    name: str
+    language: LanguageConfig
+    grid: Grid
+    seq_length: int
+    documents: tuple[int, ...]
+    packs: int
+    policy: Policy
+    seconds: float
+    peak_gib: float
+    foreign_seconds: float = 0.0
+
+
+_STOCK = Policy(states=BF16_MOMENTS, fused_gated_norm=False, loss_chunk=None, head_everywhere=True)
+_BLOCK_44 = replace(_STOCK, full_recompute_layers=44)
+_NANO_12B = LanguageConfig(vocab_size=131072)
+_HALF_WIDTH = LanguageConfig(
+    hidden_size=2560,
+    hybrid_pattern="M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-",
+    num_attention_heads=20,
+    num_query_groups=4,
+    ffn_hidden_size=10240,
+    mamba_num_heads=64,
+    vocab_size=131072,
+)
+_TP4 = Grid(tp=4, sequence_parallel=True)
+_DOCUMENTS_16K = (2880, 4224, 1408, 3392, 3584, 384, 512)
+# The file gives the mean that attention sees, 4,940; as many documents of it as fit have the same cost.
+_DOCUMENTS_32K = (4940,) * 6 + (3128,)
+
+CASES = (
+    Case(
+        name="tp4_16k",
+        language=_NANO_12B,
+        grid=_TP4,
+        seq_length=16384,
+        documents=_DOCUMENTS_16K,
+        packs=2,
+        policy=_STOCK,
+        seconds=1.347,
+        peak_gib=62.5,
+    ),
+    Case(
+        name="tp4_4k_without_sp",
+        language=_NANO_12B,
+        grid=Grid(tp=4),
+        seq_length=4096,
+        documents=(4096,),
+        packs=4,
+        policy=_STOCK,
+        seconds=1.827,
+        peak_gib=45.4,
+    ),
+    Case(
+        name="tp4_4k",
+        language=_NANO_12B,
+        grid=_TP4,
+        seq_length=4096,
+        documents=(4096,),
+        packs=4,
+        policy=_STOCK,
+        seconds=2.054,
+        peak_gib=41.8,
+    ),
+    Case(
+        name="tp2_cp2_32k",
+        language=_NANO_12B,
+        grid=Grid(tp=2, cp=2, sequence_parallel=True),
+        seq_length=32768,
+        documents=_DOCUMENTS_32K,
+        packs=1,
+        policy=replace(_BLOCK_44, states=LEAN_STATES),
+        seconds=1.799,
+        peak_gib=63.5,
+        foreign_seconds=0.254,
+    ),
+    Case(
+        name="tp4_32k",
+        language=_NANO_12B,
+        grid=_TP4,
+        seq_length=32768,
+        documents=_DOCUMENTS_32K,
+        packs=1,
+        policy=_BLOCK_44,
+        seconds=1.653,
+        peak_gib=57.7,
+    ),
+    Case(
+        name="cp4_131k_half_width",
+        language=_HALF_WIDTH,
+        grid=Grid(cp=4),
+        seq_length=131072,
+        documents=(131072,),
+        packs=1,
+        policy=replace(_STOCK, full_recompute_layers=None),
+        seconds=2.198,
+        peak_gib=39.2,
+        foreign_seconds=0.365,
+    ),
+)
+
+
+def compare() -> list[dict[str, float | str]]:
+    """Measured and predicted numbers of every case, and the relative errors."""
+    return [_compare(case) for case in CASES]
+
+
+def _compare(case: Case) -> dict[str, float | str]:
+    config = RunConfig(
+        model=ModelConfig(parts=("language",), language=case.language),
+        precision=PrecisionConfig(params="bf16"),
+        trainer=TrainerConfig(train=("language",)),
+    )
+    load = PackLoad(
+        seq_length=case.seq_length,
+        documents=case.documents,
+        samples=len(case.documents),
+        head_tokens=case.seq_length,
+    )
+    peak = memory(config, case.grid, load, case.policy).total / GIB
+    gpu = GPU_TYPES["h100_80gb"]
+    seconds = step_time(config, case.grid, load, gpu, packs=case.packs, policy=case.policy).total
+    seconds += case.foreign_seconds
+    return {
+        "case": case.name,
+        "measured_gib": case.peak_gib,
+        "planned_gib": round(peak, 1),
+        "memory_error": round(peak / case.peak_gib - 1, 3),
+        "measured_seconds": case.seconds,
+        "planned_seconds": round(seconds, 3),
+        "foreign_seconds": case.foreign_seconds,
+        "time_error": round(seconds / case.seconds - 1, 3),
+    }

@@ -1,0 +1,174 @@
+"""Device memory of one rank, by component, from sizes alone.
+
+Tensors that training keeps for its backward pass are counted layer by layer as the modules keep them. What shares a
+tensor's width over tensor parallel ranks is divided by TP; inputs and outputs of norms are whole on every rank unless
+sequence parallelism shares their tokens.
+"""
+
+from dataclasses import dataclass, fields
+
+from nemovl_train.config.schema import LanguageConfig, RunConfig
+from nemovl_train.model.flops import count_parameters
+from nemovl_train.plan.load import Grid, PackLoad
+from nemovl_train.plan.policy import TRAINER, Policy
+
+_TOWER_WIDTHS_KEPT = 16
+"""Tower widths kept a token and block: norm in and out twice, q, k, v, attention out, and both sides of the GELU."""
+_TOWER_WIDTHS_LIVE = 10
+"""Tower widths that exist at once in a block that keeps nothing."""
+_TOWER_CHUNK = 128
+"""Tiles that go through the tower at once."""
+_LOGIT_BYTES_LIVE = 16
+"""Of one logit in the chunk at work: bfloat16, float32, softmax, and the gradients of the first two."""
+_LOGIT_BYTES_WHOLE = 2
+"""Of one logit under a fused cross entropy, whose gradient takes the logits' place."""
+_WHOLE_COPIES = 3
+"""Copies of [S, H] whole on every tensor parallel rank: embeddings, with features in them, final hidden states."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes of one rank at the worst moment of a step.
+
+    Attributes:
+        weights: Weights.
+        gradients: Gradient buffers.
+        optimizer: Master weights and moments.
+        activations: What the language layers keep for backward.
+        working: Temporary tensors of the layer at work.
+        vision: Tower and projector: kept and temporary tensors.
+        logits: Logits at work.
+        buffers: Embeddings and hidden states outside the layers.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    working: float
+    vision: float
+    logits: float
+    buffers: float
+
+    @property
+    def total(self) -> float:
+        """All of it: PyTorch's pool at its peak."""
+        return sum(getattr(self, item.name) for item in fields(self))
+
+    def components(self) -> dict[str, float]:
+        """Bytes by name."""
+        return {item.name: getattr(self, item.name) for item in fields(self)}
+
+
+def memory(config: RunConfig, grid: Grid, load: PackLoad, policy: Policy = TRAINER) -> Memory:
+    """Memory of one rank.
+
+    Args:
+        config: Model, parts that train, number formats.
+        grid: How ranks share the work.
+        load: The pack; the one with the most tiles decides whether a run fits.
+        policy: What the training program keeps and recomputes.
+    """
+    width = 4 if config.precision.params == "fp32" else 2
+    size, tokens = config.model.language, load.seq_length / grid.cp
+    has_language = "language" in config.model.parts
+    trains = set(config.trainer.train)
+    needs_graph = "language" in trains or load.tiles > 0
+    kept, working = _language(size, grid, tokens, policy, frozen="language" not in trains)
+    return Memory(
+        **_states(config, grid, policy, width),
+        activations=width * kept if has_language and needs_graph else 0.0,
+        working=width * working if has_language else 0.0,
+        vision=width * _vision(config, grid, load, policy),
+        logits=_logits(size, grid, load, policy) if has_language else 0.0,
+        buffers=width * _WHOLE_COPIES * tokens * size.hidden_size,
+    )
+
+
+def _states(config: RunConfig, grid: Grid, policy: Policy, width: int) -> dict[str, float]:
+    """TP ranks share the language weights, all that hold the same its optimizer state; every rank shares the rest's."""
+    states = policy.states
+    # A float32 weight is its own master.
+    state_bytes = states.optimizer if width == 2 else 8
+    weights = gradients = optimizer = 0.0
+    for part, count in count_parameters(config.model).items():
+        local = count / grid.tp if part == "language" else count
+        holders = grid.gpus / grid.tp if part == "language" else grid.gpus
+        weights += local * width
+        if part in config.trainer.train:
+            gradients += local * states.gradient
+            optimizer += local * state_bytes / (holders if config.optim.distributed else 1)
+    return {"weights": weights, "gradients": gradients, "optimizer": optimizer}
+
+
+def _language(size: LanguageConfig, grid: Grid, tokens: float, policy: Policy, *, frozen: bool) -> tuple[float, float]:
+    """Numbers that the layers of a rank keep, and that exist only while one of them is at work."""
+    residual = grid.tp if grid.sequence_parallel else 1
+    layers = {kind: _kept(size, kind, frozen, policy) for kind in "M*-"}
+    one_layer = {kind: split / grid.tp + whole / residual for kind, (split, whole) in layers.items()}
+    recomputed = size.num_layers if policy.full_recompute_layers is None else policy.full_recompute_layers
+    kept = recomputed * size.hidden_size / residual
+    kept += sum(one_layer[kind] for kind in size.hybrid_pattern[recomputed:])
+    working = _backward_peak(size) / grid.tp
+    if recomputed:
+        working += max(one_layer[kind] for kind in size.hybrid_pattern[:recomputed])
+    return kept * tokens, working * tokens
+
+
+def _kept(size: LanguageConfig, kind: str, frozen: bool, policy: Policy) -> tuple[float, float]:
+    """Numbers a token that one layer keeps: those that TP splits, and those only sequence parallelism splits.
+
+    A frozen linear does not keep its input: only its weight's gradient would need it.
+    """
+    norm = size.hidden_size * (1 if frozen else 2)  # input, and output as the input of the projection
+    trained = 0 if frozen else 1
+    if kind == "M":
+        inner = size.mamba_inner_size
+        channels = inner + 2 * size.mamba_num_groups * size.mamba_state_dim
+        projected = inner + channels + size.mamba_num_heads
+        return projected + inner * (1 + trained + (0 if policy.fused_gated_norm else 1)), norm
+    if kind == "*":
+        queries = size.num_attention_heads * size.head_dim
+        qkv = queries + 2 * size.num_query_groups * size.head_dim
+        return qkv + queries + 2 * size.num_attention_heads, norm
+    inside = 3 if size.activation == "swiglu" else 1
+    return size.ffn_hidden_size * (inside + trained), norm
+
+
+def _backward_peak(size: LanguageConfig) -> float:
+    """Numbers a token, before TP, that the hungriest layer's backward pass makes beside what was kept."""
+    mlp = 2.0 * size.ffn_hidden_size
+    if "M" not in size.hybrid_pattern:
+        return mlp
+    inner = size.mamba_inner_size
+    projected = 2 * inner + 2 * size.mamba_num_groups * size.mamba_state_dim + size.mamba_num_heads
+    # Chunk states are float32, two numbers' room each: the states, their gradients, and those passed on.
+    states = 3 * 2 * inner * size.mamba_state_dim / size.chunk_size
+    return max(mlp, 2 * projected + 6 * inner + states)
+
+
+def _vision(config: RunConfig, grid: Grid, load: PackLoad, policy: Policy) -> float:
+    """Numbers that tower and projector keep and use."""
+    if not load.tiles:
+        return 0.0
+    model, trains = config.model, set(config.trainer.train)
+    tiles = load.tiles / grid.pack_ranks if policy.tiles_dealt else load.tiles
+    tower = model.vision
+    tokens = (tower.tile_size // tower.patch_size) ** 2 + tower.prefix_tokens
+    kept = 0.0
+    live = min(tiles, _TOWER_CHUNK) * tokens * tower.hidden_size * _TOWER_WIDTHS_LIVE
+    if "vision" in trains:
+        widths = 1 if policy.tower_recompute else _TOWER_WIDTHS_KEPT
+        kept = tiles * tokens * tower.hidden_size * tower.num_layers * widths
+        live += min(tiles, _TOWER_CHUNK) * tokens * tower.hidden_size * (_TOWER_WIDTHS_KEPT - widths)
+    joined = 4 * tower.hidden_size
+    projector = 2 * joined + 2 * model.projector.ffn_hidden_size + model.language.hidden_size
+    return kept + live + tiles * model.tokens_per_tile * projector
+
+
+def _logits(size: LanguageConfig, grid: Grid, load: PackLoad, policy: Policy) -> float:
+    rows = size.vocab_size / grid.tp
+    positions = (load.seq_length if policy.head_everywhere else load.head_tokens) / grid.cp
+    if policy.loss_chunk is None:
+        return positions * rows * _LOGIT_BYTES_WHOLE
+    return min(positions, policy.loss_chunk) * rows * _LOGIT_BYTES_LIVE

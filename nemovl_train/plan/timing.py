@@ -1,0 +1,146 @@
+"""Seconds of one optimizer step by kind of work: the FLOPs of `model/flops.py` over measured rates, and the rest.
+
+The constants below come from one profile (case `tp4_16k` of calibration.py); the other cases there test them.
+"""
+
+from dataclasses import dataclass, fields
+
+from nemovl_train.config.schema import RunConfig
+from nemovl_train.model.flops import PackFlops, count_parameters, training_flops
+from nemovl_train.plan.hardware import GPU_TYPES, Gpu
+from nemovl_train.plan.load import Grid, PackLoad
+from nemovl_train.plan.policy import TRAINER, Policy
+from nemovl_train.plan.traffic import flows
+
+# Seconds on the profiled GPU; device memory bounds these kernels, so they scale with its copy rate.
+_MIXER = 0.82e-6 / 10240
+"""Of convolution, scan and gated norm, forward and backward, a token and inner channel (0.82 us a token and layer)."""
+_ELEMENTWISE = 41e-3 / (32768 / 4 * 62 * 5120)
+"""Of norms, activations and residual additions, a token, layer and hidden channel of a rank."""
+_UPDATE = 50e-3 / (12.31e9 / 4)
+"""Of clipping and AdamW, a parameter whose optimizer state the rank holds."""
+_LAUNCHES_PER_LAYER = 57
+"""Kernel launches a layer and pack, forward and backward: 14,162 in a step of 4 packs through 62 layers."""
+_LAUNCH = 129e-6
+"""Host time of a launch, on the virtual machine of the profile; a faster host has less."""
+_TOWER_EFFICIENCY = 0.72
+"""The tower's matrix products are narrow: share of the GEMM rate. Assumed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """Seconds of one step on the slowest rank.
+
+    Attributes:
+        matrices: Products with weights in the language layers and the head.
+        attention: Attention core.
+        mixer: Convolution, scan and gated norm of the Mamba layers.
+        elementwise: Norms, activations, additions.
+        vision: Tower and projector.
+        tensor_parallel: Exposed exchange between tensor parallel ranks.
+        context_parallel: Exposed exchange between context parallel ranks.
+        host: What is left when the host cannot launch as fast as the GPU runs.
+        reduce: Gradients summed and weights sent back over data parallel ranks; training overlaps neither.
+        update: Clipping and AdamW.
+    """
+
+    matrices: float
+    attention: float
+    mixer: float
+    elementwise: float
+    vision: float
+    tensor_parallel: float
+    context_parallel: float
+    host: float
+    reduce: float
+    update: float
+
+    @property
+    def total(self) -> float:
+        """The whole step."""
+        return sum(self.components().values())
+
+    def components(self) -> dict[str, float]:
+        """Seconds by name."""
+        return {item.name: getattr(self, item.name) for item in fields(self)}
+
+
+def step_time(
+    config: RunConfig, grid: Grid, load: PackLoad, gpu: Gpu, *, packs: int, policy: Policy = TRAINER
+) -> StepTime:
+    """Seconds of one step.
+
+    Args:
+        config: Model, and parts that train.
+        grid: How ranks share the work.
+        load: An average pack.
+        gpu: Type of the GPUs.
+        packs: Packs that one group of TP x CP ranks takes in the step.
+        policy: What the training program keeps and recomputes.
+    """
+    work = pack_flops(config, load, policy)
+    traffic = {flow.purpose: flow.seconds for flow in flows(config, grid, load, policy, gpu, packs=packs)}
+    kernels = {name: packs * value for name, value in _kernels(config, grid, load, gpu, policy, work).items()}
+    tensor, context = traffic.pop("tensor parallel", 0.0), traffic.pop("context parallel", 0.0)
+    host = packs * _LAUNCH * _LAUNCHES_PER_LAYER * config.model.language.num_layers
+    return StepTime(
+        **kernels,
+        tensor_parallel=tensor,
+        context_parallel=context,
+        host=max(0.0, host - sum(kernels.values()) - tensor - context),
+        reduce=sum(traffic.values()),
+        update=_update(config, grid),
+    )
+
+
+def pack_flops(config: RunConfig, load: PackLoad, policy: Policy = TRAINER, *, useful: bool = False) -> PackFlops:
+    """Model FLOPs of one pack.
+
+    Args:
+        config: Model, and parts that train.
+        load: An average pack.
+        policy: Where logits are made.
+        useful: Leave the padding out.
+    """
+    return training_flops(
+        config.model,
+        document_lengths=load.documents if useful else load.computed_documents,
+        num_tiles=load.tiles,
+        head_tokens=load.seq_length if policy.head_everywhere else load.head_tokens,
+        train=config.trainer.train,
+    )
+
+
+def _kernels(
+    config: RunConfig, grid: Grid, load: PackLoad, gpu: Gpu, policy: Policy, work: PackFlops
+) -> dict[str, float]:
+    """Seconds that one pack takes on its ranks."""
+    size = config.model.language
+    again = size.num_layers if policy.full_recompute_layers is None else policy.full_recompute_layers
+    passes = 3 if "language" in config.trainer.train else 2
+    # A recomputed layer runs forward once more: a third of a trained layer's products, half of a frozen one's.
+    recompute = 1 + again / size.num_layers / passes
+    recompute_mixing = 1 + again / size.num_layers / 3
+    head = work.head if policy.loss_chunk is None else work.head * (1 + 1 / passes)
+    layers = work.mamba + work.mlp + work.attention - work.attention_core
+    slower = GPU_TYPES["h100_80gb"].copy_bytes / gpu.copy_bytes
+    tokens = load.seq_length / grid.pack_ranks
+    mamba_channels = size.hybrid_pattern.count("M") * size.mamba_inner_size
+    share = grid.pack_ranks if policy.tiles_dealt else 1
+    tower = work.vision * (1 + policy.tower_recompute / 3 * ("vision" in config.trainer.train))
+    return {
+        "matrices": (layers * recompute + head) / grid.pack_ranks / gpu.gemm_flops,
+        "attention": work.attention_core * recompute_mixing / grid.pack_ranks / gpu.attention_flops,
+        "mixer": slower * _MIXER * tokens * mamba_channels * recompute_mixing,
+        "elementwise": slower * _ELEMENTWISE * tokens * size.num_layers * size.hidden_size * recompute_mixing,
+        "vision": (tower / _TOWER_EFFICIENCY + work.projector) / share / gpu.gemm_flops,
+    }
+
+
+def _update(config: RunConfig, grid: Grid) -> float:
+    held = 0.0
+    for part, count in count_parameters(config.model).items():
+        if part in config.trainer.train:
+            local, holders = (count / grid.tp, grid.gpus / grid.tp) if part == "language" else (count, grid.gpus)
+            held += local / (holders if config.optim.distributed else 1)
+    return held * _UPDATE

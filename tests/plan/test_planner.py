@@ -1,0 +1,191 @@
+"""Arithmetic of plans against hand counts, real modules and measured runs."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nemovl_train.config.compose import compose_run
+from nemovl_train.config.schema import RunConfig
+from nemovl_train.exceptions import ConfigError
+from nemovl_train.plan.calibration import CASES, compare
+from nemovl_train.plan.hardware import GIB, GPU_TYPES
+from nemovl_train.plan.load import Grid, pack_of
+from nemovl_train.plan.memory import memory
+from nemovl_train.plan.planner import make_plan, node_scaling, warnings, would_fit
+from nemovl_train.plan.policy import TRAINER, Policy
+from nemovl_train.plan.search import search
+from nemovl_train.plan.traffic import flows
+
+MEASURED = Path(__file__).parents[2] / "benchmarks/results/2026-11-22_megatron_core_4xh100.json"
+
+
+def recipe(stage: str, *overrides: str) -> RunConfig:
+    return compose_run(f"nano_12b_v2_vl/{stage}", overrides)
+
+
+@pytest.mark.parametrize("row", compare(), ids=lambda row: row["case"])
+def test_plans_meet_measured_runs(row):
+    assert abs(row["memory_error"]) < 0.1
+    assert abs(row["time_error"]) < 0.2
+
+
+def test_the_measured_numbers_are_those_of_the_result_file():
+    stored = json.loads(MEASURED.read_text())["cases"]
+    assert {case.name for case in CASES} == set(stored)
+    for case in CASES:
+        row = stored[case.name]
+        assert (case.seconds, case.peak_gib, case.packs) == (row["seconds"], row["peak_gib"], row["packs"])
+        assert (case.seq_length, sum(case.documents)) == (row["seq_length"], row["seq_length"])
+        assert f"TP{case.grid.tp}" in row["layout"] or case.grid.tp == 1
+        assert case.grid.sequence_parallel == ("+ SP" in row["layout"])
+        assert case.foreign_seconds == pytest.approx(sum(row.get("profile_seconds", {}).values()))
+        if isinstance(row["documents"], list):
+            assert list(case.documents) == row["documents"]
+
+
+def test_pack_of_samples():
+    config = recipe("stage1_sft_16k")
+    load = pack_of(config)
+    assert load.documents == (3462, 3462, 3462, 3462, 16220 - 4 * 3462)
+    assert load.computed_documents[-1] == 16384 - 16220
+    assert load.samples == pytest.approx(16220 / 3462)
+    assert load.tiles == -(-int(16220 * 0.45) // 256)
+    alone = pack_of(recipe("stage0_projector_warmup"))
+    assert (alone.documents, alone.samples, alone.computed_documents) == ((2769,), 1, (2769, 16384 - 2769))
+    text = replace(config, model=replace(config.model, parts=("language",)))
+    assert pack_of(text).tiles == 0
+    longer = replace(config, workload=replace(config.workload, sample_tokens=10**6))
+    assert pack_of(longer).documents == (16220,)
+
+
+def test_states_by_hand():
+    """bf16 weights, fp32 gradients: whole on each holder. Master and moments: over those that hold the same weights."""
+    config = recipe("stage1_sft_16k", "cluster=h100_x64")
+    plan = make_plan(config)
+    language, tower, projector = 12_320_486_912, 651_653_120, 209_720_320
+    rest = tower + projector
+    assert plan.memory.weights == pytest.approx(2 * (language / 4 + rest))
+    assert plan.memory.gradients == pytest.approx(4 * (language / 4 + rest))
+    assert plan.memory.optimizer == pytest.approx(12 * (language / 4 / 16 + rest / 64))
+    whole = replace(config, optim=replace(config.optim, distributed=False))
+    assert make_plan(whole).memory.optimizer == pytest.approx(12 * (language / 4 + rest))
+    warmup = make_plan(recipe("stage0_projector_warmup", "cluster=h100_x8"))
+    assert warmup.memory.gradients == 4 * projector
+    assert warmup.memory.optimizer == 12 * projector / 8
+
+
+def test_memory_falls_as_it_should():
+    config = recipe("stage2_video_sft_49k")
+    load = pack_of(config)
+    base = memory(config, Grid(tp=4, cp=2, dp=64, sequence_parallel=True), load)
+    wider = memory(config, Grid(tp=8, cp=2, dp=32, sequence_parallel=True), load)
+    plain = memory(config, Grid(tp=4, cp=2, dp=64), load)
+    assert wider.activations == base.activations / 2
+    assert plain.activations > 1.4 * base.activations  # norms' inputs and outputs whole on every rank
+    dealt = memory(config, Grid(tp=4, cp=2, dp=64, sequence_parallel=True), load, Policy(tiles_dealt=True))
+    assert dealt.vision == pytest.approx(base.vision / 8, rel=0.1)
+    again = memory(config, Grid(tp=4, cp=2, dp=64, sequence_parallel=True), load, Policy(full_recompute_layers=None))
+    assert again.activations == pytest.approx(2 * 62 * 5120 * 49152 / 8)
+    assert again.working > base.working
+    frozen = replace(config, trainer=replace(config.trainer, train=("projector",)))
+    assert (
+        memory(frozen, Grid(tp=4, cp=2), load).activations < 0.75 * memory(config, Grid(tp=4, cp=2), load).activations
+    )
+    nothing = replace(load, tiles=0)
+    assert memory(frozen, Grid(tp=4, cp=2), nothing).activations == 0
+
+
+def test_device_decides_what_fits():
+    assert not make_plan(recipe("stage3_code_recovery_49k", "cluster=h100_x8")).fits
+    bigger = make_plan(recipe("stage3_code_recovery_49k", "cluster=h100_x8", "cluster.gpu=h200_141gb"))
+    assert bigger.fits
+    assert bigger.headroom == pytest.approx(143771 * 2**20 - 9 * GIB - bigger.memory.total)
+    assert would_fit(bigger) == {}
+
+
+def test_what_does_not_fit_names_what_is_missing_as_not_available():
+    plan = make_plan(recipe("stage1_sft_16k"))
+    first = warnings(plan)[0]
+    assert first.startswith("does not fit")
+    assert "training cannot do yet" in first
+    assert Policy() == TRAINER, "plans of recipes assume what the trainer does"
+    sizes = [row["bytes"] for row in would_fit(plan).values()]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_warnings():
+    plan = make_plan(recipe("stage1_sft_16k", "trainer.global_batch=200", "trainer.steps=100"))
+    text = "\n".join(warnings(plan))
+    for part in (
+        "encodes all of its 29 tiles",
+        "200 packs on 128 data parallel ranks",
+        "workload.samples is 32,500,000",
+    ):
+        assert part in text, part
+    assert "adding gradients takes" in "\n".join(warnings(make_plan(recipe("stage1_sft_16k"))))
+    assert "waits" not in text
+    short = make_plan(recipe("stage1_sft_16k", "cluster=h100_x8", "data.seq_length=2048", "workload.visual_fraction=0"))
+    assert "the GPUs wait for the host" in "\n".join(warnings(short))
+    assert "is padding" in "\n".join(warnings(make_plan(recipe("stage0_projector_warmup"))))
+
+
+def test_traffic_by_hand():
+    config = recipe("stage3_code_recovery_49k", "cluster=h100_x64")
+    plan = make_plan(config)
+    found = {flow.purpose: flow for flow in plan.flows}
+    assert plan.packs_per_rank == 16
+    tokens = 16 * 49152 / 2
+    assert found["tensor parallel"].bytes_per_step == pytest.approx(5 * 62 * tokens * 5120 * 2 * 3 / 4)
+    states = 28 * 2 * 16 * 1 * 10240 * 128 * 4 / 4
+    attention = 6 * 2 * tokens * (40 + 40 + 16) * 128 * 2 / 4 / 2
+    assert found["context parallel"].bytes_per_step == pytest.approx(states + attention)
+    assert found["gradients, language"].bytes_per_step == pytest.approx(12_320_486_912 / 4 * 4 * 15 / 16)
+    links = {purpose: flow.link for purpose, flow in found.items()}
+    assert links["tensor parallel"] == links["context parallel"] == "nvlink"
+    assert links["gradients, language"] == links["gradients, vision and projector"] == "network"
+    # Two members of a gradient group in each node share two adapters; all eight would be faster than NVLink.
+    assert found["gradients, language"].seconds == pytest.approx(found["gradients, language"].bytes_per_step / 90e9)
+    far = make_plan(recipe("stage4_long_context_300k"))
+    assert {flow.link for flow in far.flows if flow.purpose == "context parallel"} == {"network"}
+    single = flows(config, Grid(), pack_of(config), TRAINER, GPU_TYPES["h100_80gb"], packs=1)
+    assert single == []
+
+
+def test_more_nodes_trade_accumulation_for_traffic():
+    rows = node_scaling(make_plan(recipe("stage1_sft_16k")))
+    assert [row["gpus"] for row in rows] == [4 * 2**i for i in range(8)]
+    assert [row["packs_per_rank"] for row in rows] == [2**i for i in range(7, -1, -1)]
+    seconds, shares = [row["step_seconds"] for row in rows], [row["reduce_share"] for row in rows]
+    assert seconds == sorted(seconds, reverse=True)
+    assert shares == sorted(shares)
+    assert seconds[-1] > seconds[0] / 128
+
+
+def test_speed_is_counted_on_useful_tokens():
+    padded, packed = (make_plan(recipe(name)) for name in ("stage0_projector_warmup", "stage0_projector_warmup_packed"))
+    assert packed.tokens_per_second_per_gpu > 4 * padded.tokens_per_second_per_gpu
+    assert packed.mfu > 3 * padded.mfu
+    assert 0.2 < packed.mfu < 0.6
+
+
+def test_search_ranks_what_fits_by_time():
+    plans = search(recipe("stage3_code_recovery_49k", "cluster=h100_x64"))
+    fit = [plan.fits for plan in plans]
+    assert fit == sorted(fit, reverse=True)
+    assert 0 < sum(fit) < len(fit)
+    seconds = [plan.time.total for plan in plans if plan.fits]
+    assert seconds == sorted(seconds)
+    layouts = {(plan.grid.tp, plan.grid.cp) for plan in plans}
+    assert (4, 2) in layouts
+    assert all(plan.grid.gpus == 64 and plan.grid.tp <= 8 for plan in plans)
+    assert all(49152 % (plan.grid.pack_ranks * 128) == 0 for plan in plans)
+
+
+def test_search_says_what_it_needs():
+    config = compose_run("tiny/stage1_sft_16k", ["trainer.global_batch=1"])
+    with pytest.raises(ConfigError, match=r"cluster\.gpus is empty"):
+        search(config)
+    with pytest.raises(ConfigError, match=r"no layout on 3 GPUs is legal.*"):
+        search(replace(config, cluster=replace(config.cluster, gpus=3)))

@@ -1,0 +1,147 @@
+"""The full-size recipes: the paper's numbers, legal on every cluster, planned fast and without torch."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nemovl_train.config.compose import compose_run, compose_schedule, compose_stage
+from nemovl_train.config.dump import config_hash
+from nemovl_train.config.recipes import list_recipes, recipe_kind
+from nemovl_train.plan.planner import make_plan, to_json
+
+ROOT = Path(__file__).parents[2]
+CLUSTERS = {"h100_x4": 4, "h100_x8": 8, "h100_x64": 64, "h100_x512": 512}
+RUNS = [name for name in list_recipes() if name.startswith("nano_") and recipe_kind(name) == "run"]
+
+# arXiv 2511.03929, tables 1 and 2: tokens a sequence, batch, tokens of the stage, peak rate, decay, context parallel.
+PAPER = {
+    "stage0_projector_warmup": (16_384, 1024, 36.2e9, 2e-4, 0.01, 1),
+    "stage1_sft_16k": (16_384, 128, 112.5e9, 2e-5, 0.05, 1),
+    "stage2_video_sft_49k": (49_152, 128, 55e9, 2e-5, 0.05, 2),
+    "stage3_code_recovery_49k": (49_152, 128, 15e9, 2e-5, 0.05, 2),
+    "stage4_long_context_300k": (311_296, 128, 12e9, 2e-5, 0.05, 8),
+}
+# Tokens a step and steps that follow from the table; the paper itself gives 2,158 for stage 0.
+FOLLOWS = {
+    "stage0_projector_warmup": (16.8e6, 2158),
+    "stage1_sft_16k": (2.10e6, 53_600),
+    "stage2_video_sft_49k": (6.29e6, 8_740),
+    "stage3_code_recovery_49k": (6.29e6, 2_380),
+    "stage4_long_context_300k": (39.8e6, 301),
+}
+
+
+@pytest.mark.parametrize("stage", PAPER)
+def test_stages_are_the_papers(stage: str):
+    length, batch, tokens, lr, decay, cp = PAPER[stage]
+    config = compose_run(f"nano_12b_v2_vl/{stage}")
+    assert (config.data.seq_length, config.trainer.global_batch) == (length, batch)
+    assert (config.optim.lr, config.optim.weight_decay, config.parallel.cp) == (lr, decay, cp)
+    assert (config.optim.beta1, config.optim.beta2, config.optim.warmup_fraction) == (0.9, 0.999, 0.1)
+    assert (config.data.loss.mode, config.optim.loss_divisor) == ("square", "pack")
+    # The published code weighs turns where there is no context parallelism and samples where there is.
+    assert config.data.loss.unit == ("turn" if cp == 1 else "sample")
+    warmup = stage.startswith("stage0")
+    assert config.trainer.train == (("projector",) if warmup else ("vision", "projector", "language"))
+    assert (config.data.packing == "none") == warmup
+    planned = to_json(make_plan(config))["data"]
+    assert planned["tokens"] == pytest.approx(tokens, rel=0.01)
+    assert planned["tokens_per_step"] == pytest.approx(FOLLOWS[stage][0], rel=0.01)
+    assert planned["steps"] == pytest.approx(FOLLOWS[stage][1], rel=0.01)
+    # Sample counts are rounded in the paper ("approx."): the fill that packing leaves is within them.
+    assert planned["samples"] == pytest.approx(config.workload.samples, rel=0.02)
+    assert not [text for text in to_json(make_plan(config))["warnings"] if "trainer.steps" in text]
+
+
+def test_parameters():
+    counted = to_json(make_plan(compose_run("nano_12b_v2_vl/stage1_sft_16k")))["parameters"]
+    assert counted["total"] == pytest.approx(13.17e9, rel=1e-3)
+    assert counted["parts"]["language"]["count"] == pytest.approx(12.31e9, rel=1e-3)
+    warmup = to_json(make_plan(compose_run("nano_12b_v2_vl/stage0_projector_warmup")))["parameters"]
+    assert warmup["trained"] == warmup["parts"]["projector"]["count"] == 209_720_320
+
+
+@pytest.mark.parametrize("recipe", RUNS)
+def test_a_cluster_changes_the_layout_and_nothing_that_decides_the_result(recipe: str):
+    configs = {name: compose_run(recipe, [f"cluster={name}"]) for name in CLUSTERS}
+    assert len({config_hash(config) for config in configs.values()}) == 1
+    for name, config in configs.items():
+        plan = make_plan(config)
+        assert (config.cluster.name, plan.grid.gpus) == (name, CLUSTERS[name])
+        # TP stays inside a node; every rank has a pack, and as many as the others.
+        assert plan.grid.tp <= config.cluster.gpus_per_node
+        assert config.trainer.global_batch % plan.grid.dp == 0
+    assert compose_run(recipe) == configs["h100_x512"]
+
+
+@pytest.mark.parametrize("recipe", RUNS)
+def test_blends_are_whole(recipe: str):
+    data = compose_run(recipe).data
+    assert sum(source.weight for source in data.sources.values()) == pytest.approx(1)
+    assert all(source.path.startswith("data/") for source in data.sources.values())
+
+
+def test_data_and_models_lie_where_the_environment_says(monkeypatch):
+    monkeypatch.setenv("NEMOVL_DATA", "/scratch/sets")
+    monkeypatch.setenv("NEMOVL_MODELS", "/scratch/models")
+    data = compose_run("nano_12b_v2_vl/stage3_code_recovery_49k").data
+    assert data.sources["code_reasoning"].path == "/scratch/sets/nano_v2_vl/code_reasoning"
+    assert data.tokenizer.startswith("/scratch/models/")
+    assert compose_schedule("nano_12b_v2_vl/schedule").parts.vision == "/scratch/models/C-RADIOv2-H"
+
+
+def test_stage2_repeats_stage1_in_its_proportions():
+    one = compose_run("nano_12b_v2_vl/stage1_sft_16k").data.sources
+    two = compose_run("nano_12b_v2_vl/stage2_video_sft_49k").data.sources
+    old = sum(two[name].weight for name in one)
+    assert old == pytest.approx(8.1 / (8.1 + 1.4), abs=0.01)
+    assert all(two[name].weight / old == pytest.approx(source.weight, abs=1e-3) for name, source in one.items())
+    assert one["text_reasoning"].weight == pytest.approx(6.5 / 32.5)
+
+
+def test_packing_saves_most_of_stage_0():
+    padded = to_json(make_plan(compose_run("nano_12b_v2_vl/stage0_projector_warmup")))
+    packed = to_json(make_plan(compose_run("nano_12b_v2_vl/stage0_projector_warmup_packed")))
+    assert padded["data"]["samples_per_pack"] == 1
+    assert packed["data"]["samples"] == pytest.approx(padded["data"]["samples"], rel=0.01)
+    saves = padded["data"]["packing_saves"]
+    assert saves["share_saved"] > 0.7
+    # The other recipe, planned for itself, takes what was foretold but for its smaller share of optimizer steps.
+    assert packed["time"]["hours"] == pytest.approx(saves["hours"], rel=0.05)
+    assert packed["data"]["packing_saves"] is None
+
+
+def test_a_schedule_hands_its_cluster_to_the_stages():
+    schedule = compose_schedule("nano_12b_v2_vl/schedule", ["cluster=h100_x8", "cluster.gpu=h200_141gb"])
+    stages = [compose_stage(schedule, stage) for stage in schedule.stages]
+    assert all((s.cluster.gpus, s.cluster.gpu) == (8, "h200_141gb") for s in stages)
+    assert stages[1].parallel.tp == 8
+    tiny = compose_schedule("tiny/schedule", ["cluster.gpus=2"])
+    assert all(compose_stage(tiny, stage).cluster.gpus == 2 for stage in tiny.stages)
+    own = replace(schedule.stages[1], overrides=("cluster=h100_x64",))
+    assert compose_stage(schedule, own).cluster.gpus == 64
+
+
+def test_every_recipe_plans_within_five_seconds_and_without_torch():
+    code = (
+        "import contextlib, io, json, sys, time\n"
+        "from nemovl_train.cli import main\n"
+        "from nemovl_train.config.recipes import list_recipes\n"
+        "seconds = {}\n"
+        "for name in list_recipes():\n"
+        "    began = time.perf_counter()\n"
+        "    with contextlib.redirect_stdout(io.StringIO()) as out:\n"
+        "        code = main(['plan', f'recipe={name}', '--json'])\n"
+        "    json.loads(out.getvalue())\n"
+        "    seconds[name] = (code, time.perf_counter() - began)\n"
+        "print(json.dumps([seconds, [m for m in ('torch', 'megatron', 'transformers') if m in sys.modules]]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    seconds, imported = json.loads(done.stdout)
+    assert imported == []
+    assert set(seconds) == set(list_recipes())
+    assert all(code == 0 and taken < 5 for code, taken in seconds.values()), seconds
