@@ -18,13 +18,14 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from data_pipelines.config import DataConfig
+from data_pipelines.config import DataConfig, SourceConfig
+from data_pipelines.dataset import Dataset
 from data_pipelines.exceptions import DataError
 from data_pipelines.media.rules import RenderRules
 from data_pipelines.pack import BadSample, BuiltPack, PackBuilder
-from data_pipelines.plan import PlannedPack, build_plan, plan_pass, plan_source
+from data_pipelines.plan import build_plan
 from data_pipelines.schema import Pack
-from data_pipelines.shards import Dataset
+from data_pipelines.sources import PlannedPack, plan_pass, plan_source
 from data_pipelines.tokenizer import TextTokenizer
 
 FILL_INDEX = -1
@@ -83,7 +84,7 @@ def _open(config: DataConfig, tokens_per_tile: int, split: str | None = None) ->
         )
     tokenizer = TextTokenizer(config.tokenizer)
     datasets = {
-        name: Dataset.open(source.path, split or source.split, rules=rules, tokenizer=tokenizer)
+        name: Dataset.open(source.path, split or source.split, rules=rules, tokenizer=tokenizer, read=config.read)
         for name, source in config.sources.items()
     }
     return _Opened(rules, tokenizer, datasets)
@@ -168,7 +169,9 @@ class PackStream:
         self.global_batch, self.dp_rank, self.dp_size = global_batch, dp_rank, dp_size
         self.packs_consumed = start_pack
         opened = _open(config, tokens_per_tile)
-        self.plan = build_plan(config, opened.datasets, opened.rules, opened.tokenizer, seed=seed)
+        self.plan = build_plan(
+            config, opened.datasets, opened.rules, opened.tokenizer, seed=seed, step_packs=global_batch
+        )
         self.plan_hash = self.plan.hash
         self._watch = QuarantineWatch()
         self._datasets = opened.datasets
@@ -184,6 +187,9 @@ class PackStream:
             sampler=planned,
             batch_size=None,
             num_workers=num_workers,
+            prefetch_factor=buildable.config.read.prefetch,
+            # Copies to a device from page-locked memory run beside its work.
+            pin_memory=torch.cuda.is_available(),
             multiprocessing_context="spawn",
             worker_init_fn=_start_worker,
             collate_fn=_as_is,
@@ -287,7 +293,8 @@ def heldout_packs(
 
 def _heldout_plan(config: DataConfig, opened: _Opened, max_samples: int | None) -> Iterator[PlannedPack]:
     for name, dataset in opened.datasets.items():
-        source = plan_source(name, dataset, opened.rules, opened.tokenizer, weight=1.0, max_samples=max_samples)
+        whole = SourceConfig(path=dataset.folder, max_samples=max_samples)
+        source = plan_source(name, dataset, opened.rules, opened.tokenizer, whole, config.shuffle.block_mib)
         yield from plan_pass(
             source, seq_length=config.seq_length, packing=config.packing, window_samples=config.window_samples
         )

@@ -8,19 +8,19 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from data_pipelines.config import LOSS_MODES, LOSS_UNITS, DataConfig, LossWeightConfig
+from data_pipelines.dataset import Dataset
 from data_pipelines.exceptions import DataError
 from data_pipelines.media.image import decode_image, image_tiles
 from data_pipelines.media.rules import MediaLayout, MediaShape, RenderRules, lay_out
 from data_pipelines.media.video import video_tiles
-from data_pipelines.plan import PlannedPack, PlannedSample
 from data_pipelines.schema import IGNORE_LABEL, MediaItem, Pack, media_items
-from data_pipelines.shards import Dataset
+from data_pipelines.sources import PlannedPack, PlannedSample
 from data_pipelines.template import NO_TURN, EncodedSample, encode_record
 from data_pipelines.tokenizer import TextTokenizer
 
@@ -55,6 +55,10 @@ class BuiltPack:
 
     pack: Pack
     outcomes: tuple[BadSample | None, ...]
+
+    def pin_memory(self) -> "BuiltPack":
+        """The same with its pack in page-locked memory; PyTorch's loader calls this where there is a device."""
+        return replace(self, pack=self.pack.pin_memory())
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,7 @@ class PackBuilder:
                 pieces.append(self._materialise(sample))
                 outcomes.append(None)
             except _UnusableError as error:
-                key = self.datasets[sample.source].key(sample.row)
+                key = self._name(sample)
                 logger.warning(
                     "sample %s of %s left out of pack %d (%s): %s",
                     key,
@@ -139,6 +143,12 @@ class PackBuilder:
                 outcomes.append(BadSample(key, sample.source, error.reason, str(error)))
         reasons = Counter(bad.reason for bad in outcomes if bad)
         return BuiltPack(self._join(planned.index, pieces, reasons), tuple(outcomes))
+
+    def _name(self, sample: PlannedSample) -> str:
+        try:
+            return self.datasets[sample.source].key(sample.row)
+        except DataError:
+            return f"row {sample.row}"
 
     def _materialise(self, sample: PlannedSample) -> _Piece:
         dataset = self.datasets[sample.source]

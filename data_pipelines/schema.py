@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -61,6 +61,11 @@ class Pack:
     sample_keys: tuple[str, ...]
     dataset_ids: tuple[str, ...]
     stats: dict[str, int | float]
+
+    def pin_memory(self) -> "Pack":
+        """The same pack in page-locked memory, from which a device copies without stopping the host."""
+        pinned = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: v.pin_memory() for k, v in pinned.items() if isinstance(v, torch.Tensor)})
 
     def digest(self) -> str:
         """SHA-256 over every field: equal digests mean bitwise equal packs."""

@@ -9,9 +9,10 @@ import webdataset
 
 from data_pipelines import shards
 from data_pipelines.config import DataConfig
+from data_pipelines.dataset import Dataset
 from data_pipelines.exceptions import DataError
 from data_pipelines.media.rules import RenderRules
-from data_pipelines.shards import Dataset
+from data_pipelines.storage import Storage
 from data_pipelines.tokenizer import TextTokenizer
 
 
@@ -27,7 +28,7 @@ def test_same_input_gives_the_same_bytes(tmp_path, write, mixed_samples):
 
 def test_reads_back_what_was_written(tmp_path, write, mixed_samples, monkeypatch):
     samples = mixed_samples(12)
-    monkeypatch.setattr(Dataset, "_MAX_OPEN_SHARDS", 2)
+    monkeypatch.setattr(Storage, "_MAX_OPEN_FILES", 2)
     folder = write(tmp_path / "d", samples, shard_mib=0.005)
     dataset = pickle.loads(pickle.dumps(Dataset.open(folder, "train")))
     assert len(list(folder.glob("*.tar"))) > 3
