@@ -1,12 +1,13 @@
 """One manifest row per sample: all that planning needs to know without opening a shard."""
 
 import hashlib
+import io
 import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -93,7 +94,7 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def footer_sha256(file: BinaryIO) -> str:
+def footer_sha256(file: io.BufferedIOBase) -> str:
     """SHA-256 of a parquet file's footer, which says where every page lies and how long it is.
 
     The last eight bytes of the file are the footer's length and `PAR1` (Apache Parquet format, file layout).

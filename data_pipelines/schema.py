@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -64,8 +64,8 @@ class Pack:
 
     def pin_memory(self) -> "Pack":
         """The same pack in page-locked memory, from which a device copies without stopping the host."""
-        pinned = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v.pin_memory() for k, v in pinned.items() if isinstance(v, torch.Tensor)})
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Pack(**{k: v.pin_memory() if isinstance(v, torch.Tensor) else v for k, v in values.items()})
 
     def digest(self) -> str:
         """SHA-256 over every field: equal digests mean bitwise equal packs."""

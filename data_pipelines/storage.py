@@ -1,5 +1,6 @@
 """Files of a dataset folder, local or behind an fsspec URL, and reads that do not wait for ever."""
 
+import io
 import logging
 import os
 import posixpath
@@ -7,8 +8,8 @@ import queue
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
-from typing import Any, BinaryIO
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import fsspec
 import pyarrow as pa
@@ -57,7 +58,7 @@ class Storage:
         """A whole file."""
         return self._ask(lambda: self._fs.cat_file(self.path(name)))
 
-    def open(self, name: str) -> BinaryIO:
+    def open(self, name: str) -> io.BufferedIOBase:
         """A file to seek and read in."""
         return self._fs.open(self.path(name), "rb")
 
@@ -86,6 +87,16 @@ class Storage:
             self._files[name] = os.open(self.path(name), os.O_RDONLY | os.O_CLOEXEC)
         self._files.move_to_end(name)
         return os.pread(self._files[name], size, offset)
+
+    def read_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes | None]:
+        """Parts of files (name, offset, size), together where storage is remote; None for one that failed."""
+        if self._local:
+            return [self.read_range(*part) for part in ranges]
+        names, offsets, sizes = zip(*ranges, strict=True)
+        ends = [offset + size for offset, size in zip(offsets, sizes, strict=True)]
+        places = [self.path(name) for name in names]
+        found = self._ask(lambda: self._fs.cat_ranges(places, list(offsets), ends, on_error="return"))
+        return [data if isinstance(data, bytes) else None for data in found]
 
     def forget(self) -> None:
         """Start with fresh file handles, and leave those that a stalled read may still use."""
@@ -139,14 +150,15 @@ class PatientReader:
     def __del__(self) -> None:
         self.close()
 
-    def call[T](self, what: str, read: Callable[[], T]) -> T:
-        """The result of `read`.
+    def call[T](self, what: str, read: Callable[[], T], *, attempts: int | None = None) -> T:
+        """The result of `read`, tried as often as the config says, or as `attempts` does.
 
         Raises:
             DataError: Every attempt failed or stalled; the last reason is named.
         """
         reason = ""
-        for attempt in range(self._config.attempts):
+        attempts = attempts or self._config.attempts
+        for attempt in range(attempts):
             if attempt:
                 time.sleep(min(1.0, 0.1 * 2**attempt))
             outcome = self._run(read)
@@ -156,12 +168,12 @@ class PatientReader:
                 self._storage.forget()
             elif outcome[1] is None:
                 return outcome[0]
-            elif isinstance(outcome[1], DataError):
+            elif not isinstance(outcome[1], OSError | pa.ArrowException):
                 raise outcome[1]
             else:
                 reason = f"{type(outcome[1]).__name__}: {outcome[1]}"
-            logger.warning("reading %s, attempt %d of %d: %s", what, attempt + 1, self._config.attempts, reason)
-        raise DataError(f"{what} cannot be read: {reason} ({self._config.attempts} attempts)")
+            logger.warning("reading %s, attempt %d of %d: %s", what, attempt + 1, attempts, reason)
+        raise DataError(f"{what} cannot be read: {reason} (attempts: {attempts})")
 
     def close(self) -> None:
         """Let the thread end."""
@@ -186,6 +198,6 @@ def _serve(inbox: "queue.SimpleQueue[Any]") -> None:
         read, answer = job
         try:
             answer.put((read(), None))
-        except (DataError, OSError, pa.ArrowException) as error:
+        except Exception as error:  # whatever it is belongs to the caller
             answer.put((None, error))
         del job, read, answer
