@@ -100,10 +100,8 @@ def _rounded(values: dict[str, float]) -> dict[str, float]:
 
 def as_text(found: dict[str, Any]) -> str:
     """The measurement for a terminal."""
-    lines = [
-        f"{'':<22}{'packs/s':>10}{'samples/s':>12}{'tokens/s':>12}{'tiles/s':>10}",
-        _row("one process", found["worker"]),
-    ]
+    head = f"{'':<22}{'packs/s':>10}{'samples/s':>12}{'tokens/s':>12}{'tiles/s':>10}"
+    lines = [head, _row("one process", found["worker"])]
     if found["loader"]:
         lines.append(_row(f"loader, {found['num_workers']} workers", found["loader"]))
     seconds = found["worker"]["seconds"]

@@ -112,17 +112,15 @@ def _mix(plan: Plan, windows: Sequence[Window], scale: float) -> list[dict[str, 
 def as_text(found: dict[str, Any]) -> str:
     """The forecast for a terminal."""
     ratio = found["straggler"]
+    shared = (
+        f"the slowest has {ratio['mean']:.3f} of the mean cost, at worst {ratio['worst']:.3f}" if ratio else "no step"
+    )
     lines = [
         f"{found['packs']:,} packs of {found['seq_length']:,} tokens in {found['steps']:,} steps of "
         f"{found['global_batch']}: {found['passes']:g} passes over the data, {found['steps_per_pass']:,g} steps each",
         f"packing {found['packing']}: {found['fill']:.2%} full, {found['samples_per_pack']:g} samples a pack, "
         f"{found['window_packs']:,} packs a window",
-        f"{found['ranks']} ranks: "
-        + (
-            f"the slowest has {ratio['mean']:.3f} of the mean cost, at worst {ratio['worst']:.3f}"
-            if ratio
-            else "no whole step"
-        ),
+        f"{found['ranks']} ranks: {shared}",
         f"left out: {found['too_long']:,} too long, {found['no_room']:,} without room; {found['shrunk']:,} of "
         f"{found['samples_seen']:,} with fewer tiles or frames",
         "",
@@ -133,8 +131,5 @@ def as_text(found: dict[str, Any]) -> str:
         f"{s['mean_tokens']:>9,.0f}{s['epochs_in_run']:>9.2f}"
         for s in found["sources"]
     ]
-    lines += [
-        "",
-        f"from {found['packs_seen']:,} packs, {found['planned_samples_per_second']:,} samples planned a second",
-    ]
-    return "\n".join(lines)
+    rate = found["planned_samples_per_second"]
+    return "\n".join([*lines, "", f"from {found['packs_seen']:,} packs, {rate:,} samples planned a second"])

@@ -64,8 +64,11 @@ class Pack:
 
     def pin_memory(self) -> "Pack":
         """The same pack in page-locked memory, from which a device copies without stopping the host."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Pack(**{k: v.pin_memory() if isinstance(v, torch.Tensor) else v for k, v in values.items()})
+        values: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            values[field.name] = value.pin_memory() if isinstance(value, torch.Tensor) else value
+        return Pack(**values)
 
     def digest(self) -> str:
         """SHA-256 over every field: equal digests mean bitwise equal packs."""
