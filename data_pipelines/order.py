@@ -55,7 +55,10 @@ class SourceOrder:
             mixed_blocks: Blocks whose rows are mixed.
         """
         self._sizes, self._key, self._block, self._mixed = sizes, key, block, mixed_blocks
-        self._sums = np.add.reduceat(sizes, np.arange(0, len(sizes), block), dtype=np.int64)
+        # `reduceat` would first copy all sizes to int64.
+        whole = len(sizes) // block * block
+        sums = sizes[:whole].reshape(-1, block).sum(axis=1, dtype=np.int64)
+        self._sums = sums if whole == len(sizes) else np.append(sums, sizes[whole:].sum(dtype=np.int64))
         self.total = int(self._sums.sum())
         # Two of each, for windows that straddle a border. They are rebuilt on demand, so they are no state.
         self._epoch = functools.lru_cache(maxsize=2)(self._make_epoch)

@@ -17,6 +17,7 @@ from data_pipelines.tokenizer import TextTokenizer
 TOO_LONG = "longer_than_pack"
 NO_ROOM = "no_room_in_window"
 _FITS_KEPT = 65536
+_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,12 @@ class PlanSource:
         """[rows] integers: tokens of a pack of `limit` that each sample may take, 0 for one that never fits."""
         if int(self.lengths.max()) <= limit:
             return self.lengths
-        return np.where(self.least <= limit, np.minimum(self.lengths, limit), 0)
+        sizes = np.empty_like(self.lengths, subok=False)
+        for start in range(0, len(sizes), _CHUNK):  # without temporaries of the size of the dataset
+            part = slice(start, start + _CHUNK)
+            np.minimum(self.lengths[part], limit, out=sizes[part])
+            sizes[part][self.least[part] > limit] = 0
+        return sizes
 
 
 def plan_source(

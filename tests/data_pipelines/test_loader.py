@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+from data_pipelines.config import ReadConfig
 from data_pipelines.exceptions import DataError
 from data_pipelines.loader import PackStream
 
@@ -56,6 +57,45 @@ def test_resume_continues_with_other_ranks(config, straight):
     ranks = [stream(config, dp_rank=r, dp_size=3, start_pack=2 * BATCH) for r in range(3)]
     digests = [p.digest() for _ in range(2) for p in step_of_all_ranks(ranks)[0]]
     assert digests == straight[2 * BATCH :]
+
+
+# (ranks, workers of each rank), one after the other, two steps each; 4 and 8 ranks do not divide the batch of 6
+SCHEDULE = [(4, 0), (3, 1), (6, 0), (8, 0), (1, 2)]
+
+
+def test_one_integer_is_all_that_a_stop_keeps(mixed_folder, configure):
+    """Ranks and workers change at every stop, as on a cluster that shrinks and grows; the stream does not."""
+    folders = {"mixed": mixed_folder, "again": mixed_folder}
+    straight = stream(configure(folders))
+    expected = [p.digest() for _ in range(2 * len(SCHEDULE)) for p in next(straight)]
+    consumed, seen = 0, []
+    for dp_size, workers in SCHEDULE:
+        # Processes are dear: the first rank has workers, the others build for themselves.
+        ranks = [
+            stream(configure(folders, num_workers=0 if r else workers), dp_rank=r, dp_size=dp_size, start_pack=consumed)
+            for r in range(dp_size)
+        ]
+        for _ in range(2):
+            packs, fill = step_of_all_ranks(ranks)
+            seen += [p.digest() for p in packs]
+            assert len(fill) == -BATCH % dp_size
+        positions = {rank.packs_consumed for rank in ranks}
+        for rank in ranks:
+            rank.close()
+        (consumed,) = positions
+    assert seen == expected
+
+
+def test_prefetch_is_bounded(mixed_folder, configure):
+    """A worker never builds further ahead than it was told: long packs are large."""
+    packs = stream(configure({"mixed": mixed_folder}, num_workers=1, read=ReadConfig(prefetch=1)), global_batch=1)
+    asked = []
+    plan_pack = packs.plan.pack
+    packs.plan.pack = lambda number: asked.append(number) or plan_pack(number)
+    for _ in range(3):
+        next(packs)
+    assert max(asked) <= 3 + 1
+    packs.close()
 
 
 def test_workers_change_nothing_and_outlive_signals(straight, mixed_folder, configure):
