@@ -193,12 +193,17 @@ class Plan:
                 over = max(over, self._left_over(window))
             if not over:
                 break
-            budget -= over
-        if budget == everything and len(self.sources) == 1:
-            return budget  # every window is the same samples
+            budget -= min(
+                budget - 1, max(over, budget // 2000)
+            )  # what is over is small items at the end, and they are slow to go
+        if len(self.sources) == 1 and (budget == everything or self._by_count):
+            return budget  # every window is the same samples, or has the same number of them
+        if self._by_count:
+            return max(1, budget - len(self.sources) + 1)  # each source may round up
         margin = min(self._capacity // 2, budget // 50) + budget // 2000
-        if self.packing == "sequential":
-            # What stays empty depends on the order there, and varies like the sum of as many draws as there are packs.
+        if self.packing != "bfd":
+            # Best fit finds a place for the last small items. Elsewhere what is left varies from window to window, like
+            # the sum of as many draws as there are packs.
             margin += math.isqrt(self.window_packs) * (budget // per_window)
         return max(1, budget - margin)
 
