@@ -1,8 +1,8 @@
 """Reading a dataset folder: the numbers that planning needs in memory, everything else by offset.
 
 Nothing of the size of the dataset is decoded when it is opened, so that opening takes as long for a hundred million
-samples as for a hundred: token counts are mapped into memory, manifest rows are read a shard's at a time, samples with
-one ranged read each.
+samples as for a hundred: token counts are mapped into memory, manifest rows are read some at a time, samples with one
+ranged read each.
 """
 
 import functools
@@ -53,17 +53,17 @@ class _Range:
 
 
 class _RowGroup:
-    """Manifest rows of one shard. Values are taken one by one: a sliced table's `to_pylist` costs ten times as much."""
+    """Some manifest rows. Values are taken one by one: a sliced table's `to_pylist` costs ten times as much."""
 
     def __init__(self, table: pa.Table) -> None:
         columns = {name: table[name].combine_chunks() for name in table.column_names}
         media = columns.pop("media")
         self._columns = columns
-        self._media_ends = media.offsets.to_pylist()
+        self._media_ends = media.offsets.to_numpy()
         self._media = {field.name: media.values.field(field.name) for field in media.type.value_type}
 
     def row(self, place: int) -> dict[str, Any]:
-        spots = range(self._media_ends[place], self._media_ends[place + 1])
+        spots = range(*self._media_ends[place : place + 2].tolist())
         media = [{name: values[i].as_py() for name, values in self._media.items()} for i in spots]
         return {**{name: values[place].as_py() for name, values in self._columns.items()}, "media": media}
 
@@ -146,9 +146,8 @@ class Dataset:
         else:
             index = np.load(io.BytesIO(self._storage.read(index_name(self.split))))
         self.lengths, self.text_tokens, self.least_tokens = index
-        self._manifest: pq.ParquetFile | None = None
+        self._manifest: tuple[pq.ParquetFile, np.ndarray] | None = None
         self._row_group = functools.lru_cache(maxsize=self._ROW_GROUPS_KEPT)(self._read_row_group)
-        self._row_group_ends = np.cumsum([shard["samples"] for shard in self._entry["shards"]])
 
     def _check_files(self) -> None:
         # The manifest says where every sample lies and what its bytes hash to, so nothing holds unless it does. Its
@@ -246,25 +245,40 @@ class Dataset:
         return StoredSample(json.loads(pieces[0]), media, stored_shapes(row))
 
     def _place(self, index: int) -> tuple[int, int]:
-        """Row group of a sample, and its place there; a row group holds the samples of a shard."""
+        """Row group of a sample, and its place there."""
         if not 0 <= index < len(self):
             raise IndexError(index)
-        group = int(np.searchsorted(self._row_group_ends, index, side="right"))
-        return group, index - (int(self._row_group_ends[group - 1]) if group else 0)
+        if self._manifest is None:
+            self._manifest = self._reader.call(self._manifest_path, self._open_manifest)
+        _, starts = self._manifest
+        group = int(np.searchsorted(starts, index, side="right")) - 1
+        return group, index - int(starts[group])
+
+    @property
+    def _manifest_path(self) -> str:
+        return f"{self.folder}/{manifest_name(self.split)}"
+
+    def _open_manifest(self) -> tuple[pq.ParquetFile, np.ndarray]:
+        """The manifest, and the first row of each of its row groups."""
+        file = pq.ParquetFile(self._storage.open(manifest_name(self.split)), page_checksum_verification=True)
+        sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+        return file, np.cumsum([0, *sizes])[:-1]
 
     def _read_row_group(self, group: int) -> "_RowGroup":
-        def read() -> _RowGroup:
-            if self._manifest is None:
-                file = self._storage.open(manifest_name(self.split))
-                self._manifest = pq.ParquetFile(file, page_checksum_verification=True)
-            return _RowGroup(self._manifest.read_row_group(group, use_threads=False))
-
-        return self._reader.call(f"{self.folder}/{manifest_name(self.split)}", read)
+        assert self._manifest is not None
+        file, _ = self._manifest
+        try:
+            return self._reader.call(
+                self._manifest_path, lambda: _RowGroup(file.read_row_group(group, use_threads=False))
+            )
+        except DataError:
+            self._manifest = None  # a read that was given up may still hold the file
+            raise
 
     def close(self) -> None:
         """Close the open files."""
         if self._manifest is not None:
-            self._manifest.close(force=True)
+            self._manifest[0].close(force=True)
             self._manifest = None
         self._reader.close()
         self._storage.close()

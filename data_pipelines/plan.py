@@ -9,7 +9,7 @@ The position of a run is one number, the packs consumed. Every window has the sa
 window p // packs and nothing before it is looked at. That asks for windows with equally many tokens, which is why
 orders are measured in tokens and not in samples: a window differs from the next by a sample or two. How full the packs
 of this blend can be is found once, by packing a few windows; should a later window still have more than its packs hold,
-its shortest samples sit out that epoch and are counted.
+the samples that find no room sit out that epoch and are counted.
 """
 
 import hashlib
@@ -35,6 +35,7 @@ PLAN_VERSION = 2
 _WINDOWS_HELD = 4
 _PROBED_SAMPLES = 32768
 _MOST_PROBES = 8
+_MOST_TRIES = 8
 
 logger = logging.getLogger(__name__)
 
@@ -162,6 +163,9 @@ class Plan:
     def _mean_sizes(self) -> list[Fraction]:
         return [Fraction(order.total, rows) for order, rows in zip(self._orders, self.rows, strict=True)]
 
+    def _mean_size(self) -> Fraction:
+        return sum((share * mean for share, mean in zip(self.shares, self._mean_sizes(), strict=True)), Fraction())
+
     def _shares_of_tokens(self) -> list[Fraction]:
         tokens = [share * mean for share, mean in zip(self.shares, self._mean_sizes(), strict=True)]
         return [part / sum(tokens) for part in tokens]
@@ -172,9 +176,8 @@ class Plan:
 
     def _packs_of_a_window(self, window_samples: int) -> int:
         """As many as the samples asked for fill, in whole steps; never more than one pass over all the data."""
-        mean = sum(share * size for share, size in zip(self.shares, self._mean_sizes(), strict=True))
         most = -(-sum(order.total for order in self._orders) // self._capacity)
-        packs = min(max(int(window_samples * mean / self._capacity), self.step_packs), most)
+        packs = min(max(int(window_samples * self._mean_size() / self._capacity), self.step_packs), most)
         return packs - packs % self.step_packs or packs
 
     def _find_budget(self) -> int:
@@ -182,20 +185,14 @@ class Plan:
         room = self.window_packs * self._capacity
         everything = sum(order.total for order in self._orders)
         budget = min(room, everything)
-        per_window = max(1, int(budget / sum(s * m for s, m in zip(self.shares, self._mean_sizes(), strict=True))))
-        probes = range(min(_MOST_PROBES, max(2, _PROBED_SAMPLES // per_window)))
-        for _ in range(8):
-            over = 0
-            for number in probes:
-                window = pack_window(
-                    self._draw(number, budget), self.seq_length, self.packing, self.cost, self.window_packs
-                )
-                over = max(over, self._left_over(window))
+        per_window = max(1, int(budget / self._mean_size()))
+        probes = min(_MOST_PROBES, max(2, _PROBED_SAMPLES // per_window))
+        for _ in range(_MOST_TRIES):
+            over = max(self._left_over(self._packed(number, budget)) for number in range(probes))
             if not over:
                 break
-            budget -= min(
-                budget - 1, max(over, budget // 2000)
-            )  # what is over is small items at the end, and they are slow to go
+            # What is over is the small items at the end, and they are slow to go.
+            budget = max(1, budget - max(over, budget // 2000))
         if len(self.sources) == 1 and (budget == everything or self._by_count):
             return budget  # every window is the same samples, or has the same number of them
         if self._by_count:
@@ -207,6 +204,10 @@ class Plan:
             margin += math.isqrt(self.window_packs) * (budget // per_window)
         return max(1, budget - margin)
 
+    def _packed(self, number: int, budget: int) -> Window:
+        draw = self._draw(number, budget)
+        return pack_window(draw, self.seq_length, self.packing, self.cost, self.window_packs)
+
     def _left_over(self, window: Window) -> int:
         placed = sum(len(items) for items in window.bins)
         if placed == len(window.draw.rows):
@@ -217,8 +218,7 @@ class Plan:
         return int(window.draw.lengths.sum() - window.draw.lengths[members].sum())
 
     def _make_window(self, number: int) -> Window:
-        draw = self._draw(number, self.budget)
-        window = pack_window(draw, self.seq_length, self.packing, self.cost, self.window_packs)
+        window = self._packed(number, self.budget)
         order = self._deal(window.costs, number)
         window.bins = [window.bins[i] for i in order.tolist()]
         window.costs = window.costs[order]

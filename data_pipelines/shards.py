@@ -4,7 +4,7 @@ Written once, deterministically and atomically; read by `data_pipelines.dataset`
 needs, so no media is opened before its pack is built.
 
     FOLDER/dataset.json        format version, rules, tokenizer digest, counts, shard and manifest hashes
-    FOLDER/SPLIT.parquet       one row a sample, in writing order, one row group a shard
+    FOLDER/SPLIT.parquet       one row a sample, in writing order
     FOLDER/SPLIT.npy           the token counts of all rows, to be mapped into memory
     FOLDER/SPLIT-00000.tar     members ROW.json, ROW.MEMBER (webdataset groups them by ROW)
 """
@@ -27,6 +27,7 @@ from data_pipelines.exceptions import DataError
 from data_pipelines.manifest import (
     FORMAT_VERSION,
     MANIFEST_SCHEMA,
+    ROW_GROUP,
     describe,
     file_sha256,
     manifest_name,
@@ -138,7 +139,7 @@ class _SplitWriter:
         described = self._described(samples, keys)
         with pq.ParquetWriter(manifest, MANIFEST_SCHEMA, compression="zstd", write_page_checksum=True) as writer:
             while rows := self._write_shard(described):
-                writer.write_table(pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA))
+                writer.write_table(pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA), row_group_size=ROW_GROUP)
         if not keys:
             raise DataError(f"split {self.split!r} has no samples")
         return {**self.counts, **seal_manifest(self.folder, self.split), "shards": self.shards}
@@ -172,9 +173,7 @@ class _SplitWriter:
             path.unlink()
             return []
         _fill_offsets(path, rows)
-        self.shards.append(
-            {"name": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path), "samples": len(rows)}
-        )
+        self.shards.append({"name": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)})
         return rows
 
 

@@ -8,10 +8,10 @@ import torch
 from data_pipelines.config import LossWeightConfig
 from data_pipelines.dataset import Dataset
 from data_pipelines.exceptions import DataError
-from data_pipelines.loader import PackStream, QuarantineWatch, heldout_packs
+from data_pipelines.loader import PackStream, QuarantineWatch, heldout_packs, open_sources, plan_of
 from data_pipelines.media.image import decode_image, image_tiles
 from data_pipelines.media.rules import RenderRules, lay_out
-from data_pipelines.pack import BadSample, loss_weights
+from data_pipelines.pack import BadSample, PackBuilder, loss_weights
 from data_pipelines.template import encode_record
 
 TPT = 4
@@ -199,3 +199,20 @@ def test_heldout_pass_holds_every_sample_once(mixed_folder, configure):
     assert sum(p.stats["num_samples"] for p in few) == 5
     with pytest.raises(DataError, match="no source 'c'"):
         next(heldout_packs(config, "c", tokens_per_tile=TPT, split="train"))
+
+
+@pytest.mark.slow
+def test_memory_of_a_builder_stays_flat(mixed_folder, configure):
+    """Videos, images and text in 4,000 packs; `benchmarks/data.py memory` measures longer runs."""
+    import psutil
+
+    config = configure({"mixed": mixed_folder})
+    opened = open_sources(config, TPT)
+    plan = plan_of(config, opened, seed=3, global_batch=1)
+    builder = PackBuilder(config, opened.datasets, opened.rules, opened.tokenizer)
+    resident = []
+    for number in range(4000):
+        builder.build(plan.pack(number))
+        if number % 1000 == 999:
+            resident.append(psutil.Process().memory_info().rss)
+    assert resident[-1] - resident[0] < 8 * 2**20
