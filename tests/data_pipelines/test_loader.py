@@ -132,3 +132,19 @@ def test_tile_size_must_be_the_models(config):
 def test_config_needs_no_torch():
     code = "import data_pipelines.config, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, cwd=os.getcwd()).returncode == 0
+
+
+def test_pinning_reaches_every_tensor_and_changes_nothing(config, straight, monkeypatch):
+    """PyTorch's loader hands what comes from a worker to this function; without a device locking is a copy here."""
+    from torch.utils.data._utils.pin_memory import pin_memory
+
+    locked = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: locked.append(self.clone()) or locked[-1])
+    packs = stream(config)
+    built = next(packs._built)
+    pinned = pin_memory(built)
+    assert pinned.pack.digest() == built.pack.digest() == straight[0]
+    tensors = [value for value in vars(pinned.pack).values() if isinstance(value, torch.Tensor)]
+    assert len(tensors) == len(locked) > 7
+    assert all(any(tensor is copy for copy in locked) for tensor in tensors)
+    assert pinned.outcomes == built.outcomes
