@@ -22,6 +22,7 @@ from data_pipelines.config import ReadConfig
 from data_pipelines.exceptions import DataError
 from data_pipelines.manifest import (
     FORMAT_VERSION,
+    INDEX_COLUMNS,
     footer_sha256,
     index_name,
     manifest_name,
@@ -77,9 +78,6 @@ class Dataset:
         manifest_sha256: Hash of the split's manifest.
         identity: Hash of all that `dataset.json` says of the split, hashes of its files among it.
         mean_bytes: Mean size of a sample in its shard.
-        lengths: [samples] int32, total tokens of each sample at the rules' full tile and frame budget.
-        text_tokens: [samples] int32, the part of `lengths` that is not visual features.
-        least_tokens: [samples] int32, total tokens under the smallest budget.
     """
 
     _ROW_GROUPS_KEPT = 32
@@ -129,7 +127,7 @@ class Dataset:
         return cls(folder, split, info, read or ReadConfig())
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return self._entry["samples"]
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("folder", "split", "name", "manifest_sha256", "identity", "mean_bytes", "_entry", "_storage", "_reader")
@@ -140,14 +138,31 @@ class Dataset:
         self._load()
 
     def _load(self) -> None:
-        local = self._storage.local(index_name(self.split))
-        if local is not None:
-            index = np.load(local, mmap_mode="r")
-        else:
-            index = np.load(io.BytesIO(self._storage.read(index_name(self.split))))
-        self.lengths, self.text_tokens, self.least_tokens = index
         self._manifest: tuple[pq.ParquetFile, np.ndarray] | None = None
         self._row_group = functools.lru_cache(maxsize=self._ROW_GROUPS_KEPT)(self._read_row_group)
+
+    @functools.cached_property
+    def _index(self) -> np.ndarray:
+        """[columns, samples] int32; workers, which build what is planned, never ask for it."""
+        local = self._storage.local(index_name(self.split))
+        if local is not None:
+            return np.load(local, mmap_mode="r")
+        return np.load(io.BytesIO(self._storage.read(index_name(self.split))))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[samples] int32, total tokens of each sample at the rules' full tile and frame budget."""
+        return self._index[INDEX_COLUMNS.index("total_tokens")]
+
+    @property
+    def text_tokens(self) -> np.ndarray:
+        """[samples] int32, the part of `lengths` that is not visual features."""
+        return self._index[INDEX_COLUMNS.index("text_tokens")]
+
+    @property
+    def least_tokens(self) -> np.ndarray:
+        """[samples] int32, total tokens of each sample at the smallest budget."""
+        return self._index[INDEX_COLUMNS.index("least_tokens")]
 
     def _check_files(self) -> None:
         # The manifest says where every sample lies and what its bytes hash to, so nothing holds unless it does. Its

@@ -234,7 +234,8 @@ class Plan:
 
     def _deal(self, costs: np.ndarray, number: int) -> np.ndarray:
         """Order of a window's packs: sorted by cost, cut into steps, steps and the packs of a step shuffled."""
-        ranked = np.argsort(costs, kind="stable")
+        # Packs of equal cost must not come in the packer's order, which begins with the longest samples.
+        ranked = np.lexsort((self._shuffle(f"ties {number}", len(costs)), costs))
         steps = -(-len(ranked) // self.step_packs)
         step_of = np.arange(len(ranked)) // self.step_packs
         place = self._shuffle(f"steps {number}", steps)

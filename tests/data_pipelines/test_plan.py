@@ -211,6 +211,17 @@ def test_steps_hold_packs_of_like_cost_in_no_order_of_cost():
     assert not (order == order[:1]).all()
 
 
+def test_without_a_cost_steps_are_random_packs():
+    """Not the packer's order, which begins with the longest samples."""
+    lengths = random_lengths(3000, high=60)
+    p = plan(
+        [source(lengths=lengths)], window_samples=2048, step_packs=4, cost=CostConfig(visual_token=0, attention_pair=0)
+    )
+    longest = np.array([max(s.length for s in pack) for pack in p.window(0).packs])
+    assert abs(np.corrcoef(np.arange(len(longest)), longest)[0, 1]) < 0.15
+    assert abs(np.corrcoef(longest[:-1], longest[1:])[0, 1]) < 0.15
+
+
 def test_cost_counts_what_a_pack_shows_and_how_it_is_cut():
     cost = CostConfig(visual_token=0.5, attention_pair=0.01)
     p = plan([source(lengths=[100, 100], text_tokens=np.array([100, 20]))], packing="none", cost=cost)
