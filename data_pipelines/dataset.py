@@ -199,6 +199,10 @@ class Dataset:
         """Record id of a sample."""
         return self.row(index)["key"]
 
+    def shard_name(self, number: int) -> str:
+        """File name of a shard."""
+        return self._entry["shards"][number]["name"]
+
     def shapes(self, index: int) -> tuple[MediaShape, ...]:
         """Sizes of a sample's media, in record order."""
         return stored_shapes(self.row(index))
@@ -246,7 +250,7 @@ class Dataset:
         parts = [(row["json_offset"], row["json_size"]), *((m["offset"], m["size"]) for m in row["media"])]
         first = min(offset for offset, _ in parts)
         size = max(offset + length for offset, length in parts) - first
-        return _Range(row, self._entry["shards"][row["shard"]]["name"], first, size, parts)
+        return _Range(row, self.shard_name(row["shard"]), first, size, parts)
 
     def _sample(self, place: "_Range", data: bytes) -> StoredSample:
         view, row = memoryview(data), place.row

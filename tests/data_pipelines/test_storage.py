@@ -144,7 +144,7 @@ def test_a_local_file_that_stalls_is_given_up(tmp_path, write, mixed_samples):
     """Opening a pipe for reading waits until somebody writes, as a dead network mount does."""
     folder = write(tmp_path / "d", mixed_samples(8), shard_mib=0.001)
     dataset = Dataset.open(folder, "train", read=IMPATIENT)
-    stalled = dataset._entry["shards"][dataset.row(0)["shard"]]["name"]
+    stalled = dataset.shard_name(dataset.row(0)["shard"])
     lying_there = [i for i in range(8) if dataset.row(i)["shard"] == dataset.row(0)["shard"]]
     (folder / stalled).unlink()
     os.mkfifo(folder / stalled)
@@ -159,7 +159,7 @@ def test_a_missing_shard_is_quarantined_by_sample(tmp_path, write, mixed_samples
     folder = write(tmp_path / "d", mixed_samples(8), shard_mib=0.001)
     dataset = Dataset.open(folder, "train", read=ReadConfig(attempts=1))
     lost = [i for i in range(8) if dataset.row(i)["shard"] == dataset.row(3)["shard"]]
-    (folder / dataset._entry["shards"][dataset.row(3)["shard"]]["name"]).unlink()
+    (folder / dataset.shard_name(dataset.row(3)["shard"])).unlink()
     read = dataset.read_many(range(8))
     assert [i for i, sample in enumerate(read) if isinstance(sample, DataError)] == lost
     assert "FileNotFoundError" in str(read[3])
