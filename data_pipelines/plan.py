@@ -122,6 +122,10 @@ class Plan:
                 self._most_seen = number
                 self.dropped += made.dropped
                 self.shrunk += len(made.draw.fits)
+                if made.dropped:
+                    logger.warning(
+                        "window %d of the data plan had no room for %d samples", number, made.dropped.total()
+                    )
             if len(self._windows) > _WINDOWS_HELD:
                 self._windows.popitem(last=False)
         self._windows.move_to_end(number)

@@ -275,11 +275,12 @@ def test_too_long_samples_shrink_or_are_left_out_and_counted(caplog):
     assert p.shrunk == 2
 
 
-def test_samples_without_room_sit_out_and_are_counted(monkeypatch):
+def test_samples_without_room_sit_out_and_are_counted(caplog):
     p = plan([source(lengths=[60] * 200)], window_samples=64)
     assert p.window_packs * 60 == pytest.approx(p.budget, rel=0.05), "one sample a pack: found by trying"
     p.budget *= 2
     window = p.window(0)
+    assert f"window 0 of the data plan had no room for {window.dropped[NO_ROOM]} samples" in caplog.text
     assert window.dropped[NO_ROOM] == p.dropped[NO_ROOM] > 10
     assert sum(map(len, window.bins)) + window.dropped[NO_ROOM] == len(window.draw.rows)
 
