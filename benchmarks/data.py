@@ -5,8 +5,8 @@
     python benchmarks/data.py read --out FILE            # random reads from local shards, page cache warm
     python benchmarks/data.py memory --out FILE          # a worker's memory over 10,000 tiny packs and 300 of 16,384
 
-`..._per_cpu_second` is of one process, other times are wall time; the best of three passes for reads. With many rows the
-first case of `plan` also pays for bringing the counts from the page cache into the process.
+`..._per_cpu_second` is of one process, other times are wall time; the best of three passes for reads. With many rows
+the first case of `plan` also pays for bringing the counts from the page cache into the process.
 """
 
 from __future__ import annotations
