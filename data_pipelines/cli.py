@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+type Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
 
 def make_demo(out: Path, *, seed: int = 1234, scale: float = 1.0) -> dict[str, Any]:
     """Builds the offline demo data; see `data_pipelines.demo.make.make_demo`."""
@@ -13,8 +15,12 @@ def make_demo(out: Path, *, seed: int = 1234, scale: float = 1.0) -> dict[str, A
     return make.make_demo(out, seed=seed, scale=scale)
 
 
-def add_data_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Adds `data` and its verbs to the `nemovl` command; each sets `run`, a function of the parsed arguments."""
+def add_data_commands(subparsers: Subparsers) -> Subparsers:
+    """Adds `data` and its verbs to the `nemovl` command; each sets `run`, a function of the parsed arguments.
+
+    Returns:
+        The verbs, so that those which need a whole recipe can be added by who knows recipes.
+    """
     data = subparsers.add_parser("data", help="make and look at datasets")
     verbs = data.add_subparsers(dest="data_command", required=True, metavar="VERB")
     demo = verbs.add_parser("make-demo", help="build the offline demo datasets and their tokenizer")
@@ -23,6 +29,7 @@ def add_data_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentP
     demo.add_argument("--scale", type=float, default=1.0, help="factor on the sample counts (default: %(default)s)")
     demo.add_argument("--json", action="store_true", help="print the result as JSON")
     demo.set_defaults(run=_run_make_demo)
+    return verbs
 
 
 def _run_make_demo(args: argparse.Namespace) -> int:

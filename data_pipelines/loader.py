@@ -18,13 +18,14 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from data_pipelines.config import DataConfig
+from data_pipelines.config import DataConfig, SourceConfig
+from data_pipelines.dataset import Dataset
 from data_pipelines.exceptions import DataError
 from data_pipelines.media.rules import RenderRules
 from data_pipelines.pack import BadSample, BuiltPack, PackBuilder
-from data_pipelines.plan import PlannedPack, build_plan, plan_pass, plan_source
+from data_pipelines.plan import Plan, build_plan
 from data_pipelines.schema import Pack
-from data_pipelines.shards import Dataset
+from data_pipelines.sources import PlannedPack, plan_pass, plan_source
 from data_pipelines.tokenizer import TextTokenizer
 
 FILL_INDEX = -1
@@ -68,13 +69,20 @@ class QuarantineWatch:
 
 
 @dataclass(frozen=True)
-class _Opened:
+class Opened:
+    """What packs are made from: rules and tokenizer of a run, and its datasets by source name."""
+
     rules: RenderRules
     tokenizer: TextTokenizer
     datasets: dict[str, Dataset]
 
 
-def _open(config: DataConfig, tokens_per_tile: int, split: str | None = None) -> _Opened:
+def open_sources(config: DataConfig, tokens_per_tile: int, split: str | None = None) -> Opened:
+    """Open every source of a config; `split` takes the place of each source's own.
+
+    Raises:
+        DataError: A source that cannot be used as it is, or another number of tokens a tile than the model's.
+    """
     rules = RenderRules.from_config(config)
     if rules.tokens_per_tile != tokens_per_tile:
         raise DataError(
@@ -83,16 +91,21 @@ def _open(config: DataConfig, tokens_per_tile: int, split: str | None = None) ->
         )
     tokenizer = TextTokenizer(config.tokenizer)
     datasets = {
-        name: Dataset.open(source.path, split or source.split, rules=rules, tokenizer=tokenizer)
+        name: Dataset.open(source.path, split or source.split, rules=rules, tokenizer=tokenizer, read=config.read)
         for name, source in config.sources.items()
     }
-    return _Opened(rules, tokenizer, datasets)
+    return Opened(rules, tokenizer, datasets)
+
+
+def plan_of(config: DataConfig, opened: Opened, *, seed: int, global_batch: int) -> Plan:
+    """The plan of a run over its opened sources."""
+    return build_plan(config, opened.datasets, opened.rules, opened.tokenizer, seed=seed, step_packs=global_batch)
 
 
 class _Buildable(TorchDataset[BuiltPack]):
     """What a worker process holds: `dataset[planned]` builds a pack."""
 
-    def __init__(self, config: DataConfig, opened: _Opened) -> None:
+    def __init__(self, config: DataConfig, opened: Opened) -> None:
         self.config, self.rules, self.datasets = config, opened.rules, opened.datasets
         self._builder: PackBuilder | None = None
 
@@ -167,8 +180,8 @@ class PackStream:
         assert min(global_batch - 1, start_pack) >= 0, (global_batch, start_pack)
         self.global_batch, self.dp_rank, self.dp_size = global_batch, dp_rank, dp_size
         self.packs_consumed = start_pack
-        opened = _open(config, tokens_per_tile)
-        self.plan = build_plan(config, opened.datasets, opened.rules, opened.tokenizer, seed=seed)
+        opened = open_sources(config, tokens_per_tile)
+        self.plan = plan_of(config, opened, seed=seed, global_batch=global_batch)
         self.plan_hash = self.plan.hash
         self._watch = QuarantineWatch()
         self._datasets = opened.datasets
@@ -184,6 +197,9 @@ class PackStream:
             sampler=planned,
             batch_size=None,
             num_workers=num_workers,
+            prefetch_factor=buildable.config.read.prefetch,
+            # Copies to a device from page-locked memory run beside its work.
+            pin_memory=torch.cuda.is_available(),
             multiprocessing_context="spawn",
             worker_init_fn=_start_worker,
             collate_fn=_as_is,
@@ -267,7 +283,7 @@ def heldout_packs(
         raise DataError(f"no source {source!r} in data.sources; it has {', '.join(config.sources)}")
     names = list(config.sources) if source is None else [source]
     chosen = {name: config.sources[name] for name in names}
-    opened = _open(replace(config, sources=chosen), tokens_per_tile, split)
+    opened = open_sources(replace(config, sources=chosen), tokens_per_tile, split)
     builder = PackBuilder(config, opened.datasets, opened.rules, opened.tokenizer)
     watch = QuarantineWatch()
     number = 0
@@ -285,9 +301,10 @@ def heldout_packs(
             dataset.close()
 
 
-def _heldout_plan(config: DataConfig, opened: _Opened, max_samples: int | None) -> Iterator[PlannedPack]:
+def _heldout_plan(config: DataConfig, opened: Opened, max_samples: int | None) -> Iterator[PlannedPack]:
     for name, dataset in opened.datasets.items():
-        source = plan_source(name, dataset, opened.rules, opened.tokenizer, weight=1.0, max_samples=max_samples)
+        whole = SourceConfig(path=dataset.folder, max_samples=max_samples)
+        source = plan_source(name, dataset, opened.rules, opened.tokenizer, whole, config.shuffle.block_mib)
         yield from plan_pass(
             source, seq_length=config.seq_length, packing=config.packing, window_samples=config.window_samples
         )

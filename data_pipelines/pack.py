@@ -5,24 +5,28 @@ Shape legend: S tokens, T tiles, P tile side, N documents, n tokens of one sampl
 """
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from data_pipelines.config import LOSS_MODES, LOSS_UNITS, DataConfig, LossWeightConfig
+from data_pipelines.dataset import Dataset, StoredSample
 from data_pipelines.exceptions import DataError
 from data_pipelines.media.image import decode_image, image_tiles
 from data_pipelines.media.rules import MediaLayout, MediaShape, RenderRules, lay_out
 from data_pipelines.media.video import video_tiles
-from data_pipelines.plan import PlannedPack, PlannedSample
 from data_pipelines.schema import IGNORE_LABEL, MediaItem, Pack, media_items
-from data_pipelines.shards import Dataset
+from data_pipelines.sources import PlannedPack, PlannedSample
 from data_pipelines.template import NO_TURN, EncodedSample, encode_record
 from data_pipelines.tokenizer import TextTokenizer
+
+STEPS = ("read", "text", "media", "join")
+"""What building a pack consists of."""
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +59,10 @@ class BuiltPack:
 
     pack: Pack
     outcomes: tuple[BadSample | None, ...]
+
+    def pin_memory(self) -> "BuiltPack":
+        """The same with its pack in page-locked memory; PyTorch's loader calls this where there is a device."""
+        return replace(self, pack=self.pack.pin_memory())
 
 
 @dataclass(frozen=True)
@@ -111,23 +119,38 @@ def loss_weights(encoded: EncodedSample, config: LossWeightConfig) -> np.ndarray
 
 
 class PackBuilder:
-    """Builds packs; holds no state, so any process may build any pack."""
+    """Builds packs; what it builds depends on nothing that it built before, so any process may build any pack.
+
+    Attributes:
+        seconds: Time spent so far in `read`, `text` (tokens and weights), `media` (decoding and tiling) and `join`.
+    """
 
     def __init__(
         self, config: DataConfig, datasets: Mapping[str, Dataset], rules: RenderRules, tokenizer: TextTokenizer
     ) -> None:
         self.config, self.datasets, self.rules, self.tokenizer = config, datasets, rules, tokenizer
+        self.seconds = dict.fromkeys(STEPS, 0.0)
+
+    @contextmanager
+    def _timed(self, step: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[step] += time.perf_counter() - began
 
     def build(self, planned: PlannedPack) -> BuiltPack:
         """Build one pack; a pack without samples is all padding and weighs nothing."""
         pieces: list[_Piece] = []
         outcomes: list[BadSample | None] = []
-        for sample in planned.samples:
+        with self._timed("read"):
+            read = self._read(planned.samples)
+        for sample, stored in zip(planned.samples, read, strict=True):
             try:
-                pieces.append(self._materialise(sample))
+                pieces.append(self._materialise(sample, stored))
                 outcomes.append(None)
             except _UnusableError as error:
-                key = self.datasets[sample.source].key(sample.row)
+                key = self._name(sample)
                 logger.warning(
                     "sample %s of %s left out of pack %d (%s): %s",
                     key,
@@ -138,24 +161,41 @@ class PackBuilder:
                 )
                 outcomes.append(BadSample(key, sample.source, error.reason, str(error)))
         reasons = Counter(bad.reason for bad in outcomes if bad)
-        return BuiltPack(self._join(planned.index, pieces, reasons), tuple(outcomes))
+        with self._timed("join"):
+            pack = self._join(planned.index, pieces, reasons)
+        return BuiltPack(pack, tuple(outcomes))
 
-    def _materialise(self, sample: PlannedSample) -> _Piece:
-        dataset = self.datasets[sample.source]
-        with _quarantine_as("storage"):
-            stored = dataset.read(sample.row)
+    def _name(self, sample: PlannedSample) -> str:
+        try:
+            return self.datasets[sample.source].key(sample.row)
+        except DataError:
+            return f"row {sample.row}"
+
+    def _read(self, samples: Sequence[PlannedSample]) -> list[StoredSample | DataError]:
+        """Bytes of all samples, in order; the samples of a source come together."""
+        found: dict[PlannedSample, StoredSample | DataError] = {}
+        for source in dict.fromkeys(sample.source for sample in samples):
+            wanted = [sample for sample in samples if sample.source == source]
+            stored = self.datasets[source].read_many([sample.row for sample in wanted])
+            found |= dict(zip(wanted, stored, strict=True))
+        return [found[sample] for sample in samples]
+
+    def _materialise(self, sample: PlannedSample, stored: StoredSample | DataError) -> _Piece:
+        if isinstance(stored, DataError):
+            raise _UnusableError("storage", str(stored))
         layouts = [
             lay_out(shape, self.rules, max_tiles=sample.max_tiles, max_frames=sample.max_frames)
             for shape in stored.shapes
         ]
-        with _quarantine_as("record"):
+        with self._timed("text"), _quarantine_as("record"):
             encoded = encode_record(stored.record, layouts, self.tokenizer, tokens_per_tile=self.rules.tokens_per_tile)
         if len(encoded.input_ids) != sample.length:
             # Same rules and bytes, other count: the tokenizers library itself changed since the dataset was written.
             raise _UnusableError("length", f"{len(encoded.input_ids)} tokens where the plan has {sample.length}")
         weights = loss_weights(encoded, self.config.loss)
         items = list(media_items(stored.record))
-        tiles = media_tiles(items, stored.shapes, layouts, stored.media, self.rules)
+        with self._timed("media"):
+            tiles = media_tiles(items, stored.shapes, layouts, stored.media, self.rules)
         return _Piece(stored.record["id"], sample.source, encoded, weights, tiles, layouts)
 
     def _join(self, index: int, pieces: Sequence[_Piece], reasons: Mapping[str, int]) -> Pack:

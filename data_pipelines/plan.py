@@ -1,135 +1,43 @@
 """Which samples form pack number p: a pure function of (manifests, blend, seed). No media is opened here.
 
-    order     each source runs through its split again and again, in a keyed permutation per (seed, source, epoch)
-    blend     window k takes floor(w (k+1) N) - floor(w k N) samples of a source with share w
-    pack      the samples of a window are packed on their lengths alone; windows are independent
-    shuffle   the packs of a window come in a keyed order
+    order     each source runs through its split again and again, blocks and then samples in a keyed order
+    blend     window k takes the stretch [k b, (k+1) b) of each source's order, b its share of a window's tokens
+    pack      the samples of a window are packed on their lengths alone, into equally many packs in every window
+    deal      packs are sorted by modelled cost and cut into steps; the steps of a window come in a keyed order
 
-The position of a run is one number, the packs consumed. Finding the window of pack p needs the number of packs of the
-windows before it, so these are counted once, in order, from lengths alone, and kept: about 20 ms for a window of 4096,
-so a run that resumes after ten million samples starts some 40 s later. The packs themselves are made on demand and only
-the last few windows are held.
+The position of a run is one number, the packs consumed. Every window has the same number of packs, so pack p is in
+window p // packs and nothing before it is looked at. That asks for windows with equally many tokens, which is why
+orders are measured in tokens and not in samples: a window differs from the next by a sample or two. How full the packs
+of this blend can be is found once, by packing a few windows; should a later window still have more than its packs hold,
+the samples that find no room sit out that epoch and are counted.
 """
 
-import bisect
 import hashlib
 import json
 import logging
+import math
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from fractions import Fraction
 
 import numpy as np
 
-from data_pipelines.config import PACKING_MODES, DataConfig
+from data_pipelines.config import PACKING_MODES, CostConfig, DataConfig
+from data_pipelines.dataset import Dataset
 from data_pipelines.exceptions import DataError
-from data_pipelines.media.rules import MediaShape, RenderRules, lay_out, smaller_budgets
-from data_pipelines.order import keyed_permutation
-from data_pipelines.packing import pack_lengths
-from data_pipelines.shards import Dataset
-from data_pipelines.template import frame_label_tokens
+from data_pipelines.media.rules import RenderRules
+from data_pipelines.order import SourceOrder, keyed_order
+from data_pipelines.sources import TOO_LONG, Draw, PlannedPack, PlanSource, Window, pack_window, plan_source
 from data_pipelines.tokenizer import TextTokenizer
 
-PLAN_VERSION = 1
-TOO_LONG = "longer_than_pack"
+PLAN_VERSION = 2
 _WINDOWS_HELD = 4
+_PROBED_SAMPLES = 32768
+_MOST_PROBES = 8
+_MOST_TRIES = 8
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class PlannedSample:
-    """One sample of a pack: where it is and under which budget it fits.
-
-    Attributes:
-        source: Name in the blend.
-        row: Row of the source's manifest.
-        max_tiles: Tile budget of each image.
-        max_frames: Frame budget of each video.
-        length: Tokens it has under that budget.
-    """
-
-    source: str
-    row: int
-    max_tiles: int
-    max_frames: int
-    length: int
-
-
-@dataclass(frozen=True)
-class PlannedPack:
-    """Samples of one pack in document order; index -1 and no samples for a fill pack."""
-
-    index: int
-    samples: tuple[PlannedSample, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fit:
-    """Budget under which a sample fits, and its length then."""
-
-    max_tiles: int
-    max_frames: int
-    length: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanSource:
-    """What planning needs to know about one source.
-
-    Attributes:
-        name: Name in the blend: two names of one folder get different orders.
-        weight: Share of the blend in samples, relative to the others.
-        lengths: [rows] int64, tokens of each sample at the full budget.
-        full: Fit of a sample that needs no reduction, its length left at 0.
-        shrink: Maps (row, limit) to the largest Fit of at most `limit` tokens, or None.
-        identity: Hash of the manifest.
-    """
-
-    name: str
-    weight: float
-    lengths: np.ndarray
-    full: Fit
-    shrink: Callable[[int, int], Fit | None]
-    identity: str
-
-
-@dataclass(kw_only=True)
-class Window:
-    """Packed samples of one window, and what became of those that did not fit.
-
-    Kept as columns: counting packs is all that most windows are made for, and `PlannedSample`s cost more than packing.
-
-    Attributes:
-        sources: Source of each sample.
-        rows: Its row.
-        lengths: Its tokens, after reduction.
-        fits: Budget of each sample that was reduced, by number.
-        bins: Sample numbers of each pack, packs in the order of the stream.
-        dropped: Samples left out, by reason.
-    """
-
-    sources: list[PlanSource]
-    rows: list[int]
-    lengths: list[int]
-    fits: dict[int, Fit]
-    bins: list[list[int]]
-    dropped: Counter[str]
-
-    def pack(self, number: int) -> tuple[PlannedSample, ...]:
-        """Samples of one pack of the window."""
-        return tuple(self._sample(i) for i in self.bins[number])
-
-    @property
-    def packs(self) -> list[tuple[PlannedSample, ...]]:
-        """Samples of every pack."""
-        return [self.pack(i) for i in range(len(self.bins))]
-
-    def _sample(self, i: int) -> PlannedSample:
-        source = self.sources[i]
-        fit = self.fits.get(i, source.full)
-        return PlannedSample(source.name, self.rows[i], fit.max_tiles, fit.max_frames, self.lengths[i])
 
 
 class Plan:
@@ -137,144 +45,211 @@ class Plan:
 
     Attributes:
         hash: SHA-256 over everything the stream depends on; a resumed run must have the same.
-        dropped: Samples left out of the windows counted so far, by reason.
+        sources: Sources with a share in the blend.
+        shares: Share of each in the samples.
+        rows: Samples of each that can fit a pack.
+        window_packs: Packs of a window.
+        budget: Tokens that a window draws (samples, where every sample has its own pack).
+        dropped: Samples left out of the windows made so far, by reason; those that never fit are counted once.
         shrunk: Samples of those windows that fit only with fewer tiles or frames.
     """
 
     def __init__(
-        self, sources: Sequence[PlanSource], *, seed: int, seq_length: int, packing: str, window_samples: int
+        self,
+        sources: Sequence[PlanSource],
+        *,
+        seed: int,
+        seq_length: int,
+        packing: str,
+        window_samples: int,
+        step_packs: int = 1,
+        mixed_blocks: int = 64,
+        cost: CostConfig | None = None,
     ) -> None:
-        """Check the blend; nothing is planned yet.
+        """Check the blend, and find how much fits a window.
+
+        Args:
+            sources: The blend.
+            seed: Seed of the order.
+            seq_length: Tokens of a pack.
+            packing: One of `PACKING_MODES`.
+            window_samples: About how many samples are packed together.
+            step_packs: Packs of an optimiser step, which are to cost alike.
+            mixed_blocks: Blocks of a source that are mixed.
+            cost: Model of a pack's cost.
 
         Raises:
-            DataError: No source, an empty one, a negative weight, or an unknown packing mode.
+            DataError: No source, an empty one, a bad weight, an unknown packing mode, or nothing that fits a pack.
         """
         _check_blend(sources, packing, seq_length, window_samples)
-        self.sources = [s for s in sources if s.weight > 0]
-        self.seed, self.seq_length, self.packing = seed, seq_length, packing
-        total = sum(Fraction(str(s.weight)) for s in self.sources)
-        self.shares = [Fraction(str(s.weight)) / total for s in self.sources]
-        # A window larger than the data would hold several epochs, and samples could meet themselves in a pack.
-        self.window_samples = min(window_samples, sum(len(s.lengths) for s in self.sources))
-        self._starts = [0]  # number of the first pack of each window counted so far, and of the next one
-        self._windows: OrderedDict[int, Window] = OrderedDict()
-        self._idle = 0
-        self._warned = False
+        self.seed, self.seq_length, self.packing, self.step_packs = seed, seq_length, packing, step_packs
+        self.cost = cost or CostConfig()
+        self._by_count = packing == "none"
+        self.sources = [s for s in sources if (s.weight if s.epochs is None else s.epochs) > 0]
+        sizes = [self._sizes(source) for source in self.sources]
+        self.rows = [int(np.count_nonzero(size)) for size in sizes]
         self.dropped: Counter[str] = Counter()
-        self.shrunk = 0
-        identity = [
-            [s.name, str(w), len(s.lengths), s.identity] for s, w in zip(self.sources, self.shares, strict=True)
+        self._count_too_long()
+        self._orders = [
+            SourceOrder(size, key=f"{seed} {source.name}", block=source.block, mixed_blocks=mixed_blocks)
+            for source, size in zip(self.sources, sizes, strict=True)
         ]
-        text = json.dumps([PLAN_VERSION, seed, seq_length, packing, self.window_samples, identity])
+        self.shares = self._sample_shares()
+        self._token_shares = self._shares_of_tokens()
+        self.shrunk = 0
+        self._windows: OrderedDict[int, Window] = OrderedDict()
+        self._most_seen = -1
+        settings = [PLAN_VERSION, seed, seq_length, packing, window_samples, step_packs, mixed_blocks]
+        identity = [
+            [s.name, str(share), len(s.lengths), s.block, s.identity]
+            for s, share in zip(self.sources, self.shares, strict=True)
+        ]
+        text = json.dumps([settings, asdict(self.cost), identity])
         self.hash = hashlib.sha256(text.encode()).hexdigest()
+        self.window_packs = self._packs_of_a_window(window_samples)
+        self.budget = self._find_budget()
 
     def pack(self, number: int) -> PlannedPack:
-        """Pack `number` of the stream, counted from 0.
-
-        Raises:
-            DataError: No sample of any source fits a pack.
-        """
-        while self._starts[-1] <= number:
-            self._count_next()
-        window = bisect.bisect_right(self._starts, number) - 1
-        return PlannedPack(number, self.window(window).pack(number - self._starts[window]))
+        """Pack `number` of the stream, counted from 0."""
+        window, place = divmod(number, self.window_packs)
+        return PlannedPack(number, self.window(window).pack(place))
 
     def window(self, number: int) -> Window:
         """All packs of a window, from the cache of the last few or made anew."""
         if number not in self._windows:
-            self._windows[number] = self._make_window(number)
+            self._windows[number] = made = self._make_window(number)
+            if number > self._most_seen:
+                self._most_seen = number
+                self.dropped += made.dropped
+                self.shrunk += len(made.draw.fits)
+                if made.dropped:
+                    logger.warning(
+                        "window %d of the data plan had no room for %d samples", number, made.dropped.total()
+                    )
             if len(self._windows) > _WINDOWS_HELD:
                 self._windows.popitem(last=False)
         self._windows.move_to_end(number)
         return self._windows[number]
 
-    def _count_next(self) -> None:
-        number = len(self._starts) - 1
-        window = self.window(number)
-        packs = len(window.bins)
-        self._starts.append(self._starts[-1] + packs)
-        self.dropped += window.dropped
-        self.shrunk += len(window.fits)
-        if window.dropped:
-            # Said aloud once: later windows leave out the same kinds of samples, and `dropped` counts them all.
-            level = logging.DEBUG if self._warned else logging.WARNING
-            self._warned = True
-            reasons = ", ".join(f"{count} {reason}" for reason, count in window.dropped.items())
-            total = sum(window.dropped.values())
-            logger.log(level, "a window of %d samples leaves out %d: %s", self.window_samples, total, reasons)
-        self._idle = 0 if packs else self._idle + self.window_samples
-        # By then every source has been through an epoch, so nothing that fits can still come.
-        sizes = (len(s.lengths) / share for s, share in zip(self.sources, self.shares, strict=True))
-        if self._idle > max(sizes) + 2 * self.window_samples:
+    @property
+    def pass_packs(self) -> float:
+        """Packs until the slowest source has been through its split once, or through the epochs asked of it."""
+        wanted = [1.0 if s.epochs is None else s.epochs for s in self.sources]
+        tokens = (
+            order.total * w / share for order, w, share in zip(self._orders, wanted, self._token_shares, strict=True)
+        )
+        return float(max(tokens)) / self.budget * self.window_packs
+
+    def _sizes(self, source: PlanSource) -> np.ndarray:
+        sizes = source.sizes(self.seq_length)
+        return (sizes > 0).astype(np.int32) if self._by_count else sizes
+
+    def _count_too_long(self) -> None:
+        lost = {s.name: len(s.lengths) - n for s, n in zip(self.sources, self.rows, strict=True) if n < len(s.lengths)}
+        if lost:
+            self.dropped[TOO_LONG] = sum(lost.values())
+            names = ", ".join(f"{count} of {name}" for name, count in lost.items())
+            logger.warning("longer than %d tokens even with the fewest tiles and frames: %s", self.seq_length, names)
+        empty = [s.name for s, n in zip(self.sources, self.rows, strict=True) if not n]
+        if empty:
             raise DataError(
-                f"no sample fits into {self.seq_length} tokens, even with the fewest tiles and frames; "
-                "raise data.seq_length or choose other sources"
+                f"no sample of {', '.join(empty)} fits into {self.seq_length} tokens, even with the fewest tiles and "
+                "frames; raise data.seq_length, or give the source the weight 0"
             )
 
+    def _sample_shares(self) -> list[Fraction]:
+        weights = [
+            Fraction(str(s.weight)) if s.epochs is None else Fraction(str(s.epochs)) * rows
+            for s, rows in zip(self.sources, self.rows, strict=True)
+        ]
+        return [weight / sum(weights) for weight in weights]
+
+    def _mean_sizes(self) -> list[Fraction]:
+        return [Fraction(order.total, rows) for order, rows in zip(self._orders, self.rows, strict=True)]
+
+    def _mean_size(self) -> Fraction:
+        return sum((share * mean for share, mean in zip(self.shares, self._mean_sizes(), strict=True)), Fraction())
+
+    def _shares_of_tokens(self) -> list[Fraction]:
+        tokens = [share * mean for share, mean in zip(self.shares, self._mean_sizes(), strict=True)]
+        return [part / sum(tokens) for part in tokens]
+
+    @property
+    def _capacity(self) -> int:
+        return 1 if self._by_count else self.seq_length
+
+    def _packs_of_a_window(self, window_samples: int) -> int:
+        """As many as the samples asked for fill, in whole steps; never more than one pass over all the data."""
+        most = -(-sum(order.total for order in self._orders) // self._capacity)
+        packs = min(max(int(window_samples * self._mean_size() / self._capacity), self.step_packs), most)
+        return packs - packs % self.step_packs or packs
+
+    def _find_budget(self) -> int:
+        """The most tokens of which the first windows leave nothing over, less a margin for those after them."""
+        room = self.window_packs * self._capacity
+        everything = sum(order.total for order in self._orders)
+        budget = min(room, everything)
+        per_window = max(1, int(budget / self._mean_size()))
+        probes = min(_MOST_PROBES, max(2, _PROBED_SAMPLES // per_window))
+        for _ in range(_MOST_TRIES):
+            over = max(self._left_over(self._packed(number, budget)) for number in range(probes))
+            if not over:
+                break
+            # What is over is the small items at the end, and they are slow to go.
+            budget = max(1, budget - max(over, budget // 2000))
+        if len(self.sources) == 1 and (budget == everything or self._by_count):
+            return budget  # every window is the same samples, or has the same number of them
+        if self._by_count:
+            return max(1, budget - len(self.sources) + 1)  # each source may round up
+        margin = min(self._capacity // 2, budget // 50) + budget // 2000
+        if self.packing != "bfd":
+            # Best fit finds a place for the last small items. Elsewhere what is left varies from window to window, like
+            # the sum of as many draws as there are packs.
+            margin += math.isqrt(self.window_packs) * (budget // per_window)
+        return max(1, budget - margin)
+
+    def _packed(self, number: int, budget: int) -> Window:
+        draw = self._draw(number, budget)
+        return pack_window(draw, self.seq_length, self.packing, self.cost, self.window_packs)
+
+    def _left_over(self, window: Window) -> int:
+        placed = sum(len(items) for items in window.bins)
+        if placed == len(window.draw.rows):
+            return 0
+        if self._by_count:
+            return len(window.draw.rows) - placed
+        members = [i for items in window.bins for i in items]
+        return int(window.draw.lengths.sum() - window.draw.lengths[members].sum())
+
     def _make_window(self, number: int) -> Window:
-        sources, rows, lengths = self._draw(number)
-        fits: dict[int, Fit] = {}
-        kept, dropped = list(range(len(rows))), Counter[str]()
-        if lengths and max(lengths) > self.seq_length:
-            fits, lost = _fit_long(sources, rows, lengths, self.seq_length)
-            dropped[TOO_LONG] = len(lost)
-            kept = [i for i in kept if i not in lost]
-        packs = pack_lengths([lengths[i] for i in kept], self.seq_length, self.packing)
-        order = self._shuffle(f"packs {number}", len(packs))
-        return Window(
-            sources=sources,
-            rows=rows,
-            lengths=lengths,
-            fits=fits,
-            bins=[[kept[i] for i in packs[p]] for p in order],
-            dropped=+dropped,
-        )
+        window = self._packed(number, self.budget)
+        order = self._deal(window.costs, number)
+        window.bins = [window.bins[i] for i in order.tolist()]
+        window.costs = window.costs[order]
+        return window
 
-    def _draw(self, number: int) -> tuple[list[PlanSource], list[int], list[int]]:
-        """The samples of a window, mixed: source, row and full length of each."""
-        owners, rows, lengths = [], [], []
-        for index, (source, share) in enumerate(zip(self.sources, self.shares, strict=True)):
-            first = share * number * self.window_samples // 1
-            last = share * (number + 1) * self.window_samples // 1
-            chosen = self._rows(source, np.arange(first, last))
-            owners.append(np.full(len(chosen), index))
-            rows.append(chosen)
-            lengths.append(source.lengths[chosen])
-        order = self._shuffle(f"samples {number}", sum(map(len, rows)))
-        mixed_owners, mixed_rows, mixed_lengths = (np.concatenate(c)[order].tolist() for c in (owners, rows, lengths))
-        return [self.sources[i] for i in mixed_owners], mixed_rows, mixed_lengths
+    def _draw(self, number: int, budget: int) -> Draw:
+        """The samples of a window, mixed."""
+        chosen = []
+        for order, share in zip(self._orders, self._token_shares, strict=True):
+            stretch = share * budget
+            chosen.append(order.rows(stretch * number // 1, stretch * (number + 1) // 1))
+        return Draw.of(self.sources, chosen, self._shuffle(f"samples {number}", sum(map(len, chosen))))
 
-    def _rows(self, source: PlanSource, positions: np.ndarray) -> np.ndarray:
-        size = len(source.lengths)
-        epochs = positions // size
-        rows = np.empty(len(positions), dtype=np.int64)
-        for epoch in np.unique(epochs):
-            chosen = epochs == epoch
-            key = f"order {self.seed} {source.name} {epoch}"
-            rows[chosen] = keyed_permutation(positions[chosen] % size, size, key)
-        return rows
+    def _deal(self, costs: np.ndarray, number: int) -> np.ndarray:
+        """Order of a window's packs: sorted by cost, cut into steps, steps and the packs of a step shuffled."""
+        # Packs of equal cost must not come in the packer's order, which begins with the longest samples.
+        ranked = np.lexsort((self._shuffle(f"ties {number}", len(costs)), costs))
+        steps = -(-len(ranked) // self.step_packs)
+        step_of = np.arange(len(ranked)) // self.step_packs
+        place = self._shuffle(f"steps {number}", steps)
+        mixed = self._shuffle(f"packs {number}", len(ranked))
+        # A last step that is not whole stays last, or it would shift all that follow.
+        whole = np.arange(steps) * self.step_packs + self.step_packs <= len(ranked)
+        return ranked[np.lexsort((mixed, place[step_of], ~whole[step_of]))]
 
-    def _shuffle(self, purpose: str, size: int) -> list[int]:
-        if not size:
-            return []
-        return keyed_permutation(np.arange(size), size, f"{purpose} {self.seed}").tolist()
-
-
-def _fit_long(
-    sources: Sequence[PlanSource], rows: Sequence[int], lengths: list[int], limit: int
-) -> tuple[dict[int, Fit], set[int]]:
-    """Reduce the samples above `limit`; returns their fits and those that never fit. `lengths` is updated in place."""
-    fits: dict[int, Fit] = {}
-    lost: set[int] = set()
-    for i, length in enumerate(lengths):
-        if length <= limit:
-            continue
-        fit = sources[i].shrink(rows[i], limit)
-        if fit is None:
-            lost.add(i)
-        else:
-            fits[i], lengths[i] = fit, fit.length
-    return fits, lost
+    def _shuffle(self, purpose: str, size: int) -> np.ndarray:
+        return keyed_order(size, f"{purpose} {self.seed}")
 
 
 def _check_blend(sources: Sequence[PlanSource], packing: str, seq_length: int, window_samples: int) -> None:
@@ -283,97 +258,25 @@ def _check_blend(sources: Sequence[PlanSource], packing: str, seq_length: int, w
     if seq_length < 1 or window_samples < 1:
         raise DataError(f"data.seq_length ({seq_length}) and data.window_samples ({window_samples}) must be at least 1")
     for source in sources:
-        if not 0 <= source.weight < float("inf"):
-            raise DataError(f"data.sources.{source.name}.weight is {source.weight}; it must be 0 or more")
+        for key, value in (("weight", source.weight), ("epochs", source.epochs)):
+            if value is not None and not 0 <= value < float("inf"):
+                raise DataError(f"data.sources.{source.name}.{key} is {value}; it must be 0 or more")
         if not len(source.lengths):
             raise DataError(f"data.sources.{source.name} has no samples")
-    if not any(source.weight > 0 for source in sources):
+    if len({source.epochs is None for source in sources}) > 1:
+        raise DataError("data.sources: some have epochs, some a weight; give all of them epochs, or none")
+    if not any((source.weight if source.epochs is None else source.epochs) > 0 for source in sources):
         raise DataError("data.sources is empty or has no weight above 0; name at least one dataset")
 
 
-def plan_pass(source: PlanSource, *, seq_length: int, packing: str, window_samples: int) -> Iterator[PlannedPack]:
-    """One pass over a source in manifest order, packed window by window; samples that do not fit are left out."""
-    number = 0
-    for start in range(0, len(source.lengths), window_samples):
-        rows = list(range(start, min(start + window_samples, len(source.lengths))))
-        lengths = source.lengths[start : start + window_samples].tolist()
-        owners = [source] * len(rows)
-        fits, lost = _fit_long(owners, rows, lengths, seq_length)
-        kept = [i for i in range(len(rows)) if i not in lost]
-        bins = pack_lengths([lengths[i] for i in kept], seq_length, packing)
-        window = Window(
-            sources=owners,
-            rows=rows,
-            lengths=lengths,
-            fits=fits,
-            bins=[[kept[i] for i in items] for items in bins],
-            dropped=Counter({TOO_LONG: len(lost)}),
-        )
-        for samples in window.packs:
-            yield PlannedPack(number, samples)
-            number += 1
-
-
-def shrink_sample(
-    shapes: Sequence[MediaShape], text_tokens: int, limit: int, rules: RenderRules, tokenizer: TextTokenizer
-) -> Fit | None:
-    """Largest budget under which a sample has at most `limit` tokens, from sizes alone.
-
-    Args:
-        shapes: Its media.
-        text_tokens: Tokens that are not visual features, at the full budget.
-        limit: Tokens of a pack.
-        rules: The run's rules.
-        tokenizer: Counts the frame labels, which depend on the frames taken.
-
-    Returns:
-        The fit, or None when even one tile an image and one frame a video is too much.
-    """
-
-    def media_tokens(max_tiles: int, max_frames: int) -> tuple[int, int]:
-        labels = tiles = 0
-        for shape in shapes:
-            layout = lay_out(shape, rules, max_tiles=max_tiles, max_frames=max_frames)
-            tiles += layout.tiles
-            # <img> and </img> around every frame
-            labels += frame_label_tokens(layout.frame_times, tokenizer) + 2 * len(layout.frame_times)
-        return labels, tiles * rules.tokens_per_tile
-
-    words = text_tokens - media_tokens(rules.max_tiles, rules.max_frames)[0]
-    if words > limit:
-        return None
-    for max_tiles, max_frames in smaller_budgets(rules):
-        length = words + sum(media_tokens(max_tiles, max_frames))
-        if length <= limit:
-            return Fit(max_tiles=max_tiles, max_frames=max_frames, length=length)
-    return None
-
-
-def plan_source(
-    name: str, dataset: Dataset, rules: RenderRules, tokenizer: TextTokenizer, *, weight: float, max_samples: int | None
-) -> PlanSource:
-    """Describe an opened dataset to the planner; `max_samples` keeps the first rows of the split."""
-    fits: dict[tuple[int, int], Fit | None] = {}
-
-    def shrink(row: int, limit: int) -> Fit | None:
-        if (row, limit) not in fits:
-            fits[row, limit] = shrink_sample(
-                dataset.shapes(row), int(dataset.text_tokens[row]), limit, rules, tokenizer
-            )
-        return fits[row, limit]
-
-    return PlanSource(
-        name=name,
-        weight=weight,
-        lengths=dataset.lengths[:max_samples],
-        full=Fit(max_tiles=rules.max_tiles, max_frames=rules.max_frames, length=0),
-        shrink=shrink,
-        identity=dataset.manifest_sha256,
-    )
-
-
 def build_plan(
-    config: DataConfig, datasets: Mapping[str, Dataset], rules: RenderRules, tokenizer: TextTokenizer, *, seed: int
+    config: DataConfig,
+    datasets: Mapping[str, Dataset],
+    rules: RenderRules,
+    tokenizer: TextTokenizer,
+    *,
+    seed: int,
+    step_packs: int,
 ) -> Plan:
     """The plan of a run over its opened sources.
 
@@ -381,7 +284,7 @@ def build_plan(
         DataError: As `Plan`.
     """
     sources = [
-        plan_source(name, datasets[name], rules, tokenizer, weight=source.weight, max_samples=source.max_samples)
+        plan_source(name, datasets[name], rules, tokenizer, source, config.shuffle.block_mib)
         for name, source in config.sources.items()
     ]
     return Plan(
@@ -390,4 +293,7 @@ def build_plan(
         seq_length=config.seq_length,
         packing=config.packing,
         window_samples=config.window_samples,
+        step_packs=step_packs,
+        mixed_blocks=config.shuffle.blocks,
+        cost=config.cost,
     )

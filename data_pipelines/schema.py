@@ -62,6 +62,14 @@ class Pack:
     dataset_ids: tuple[str, ...]
     stats: dict[str, int | float]
 
+    def pin_memory(self) -> "Pack":
+        """The same pack in page-locked memory, from which a device copies without stopping the host."""
+        values: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            values[field.name] = value.pin_memory() if isinstance(value, torch.Tensor) else value
+        return Pack(**values)
+
     def digest(self) -> str:
         """SHA-256 over every field: equal digests mean bitwise equal packs."""
         sha = hashlib.sha256()

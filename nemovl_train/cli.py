@@ -46,7 +46,7 @@ def _dispatch(argv: list[str]) -> int:
         return complete(argv, list(VERBS))
     parser = build_parser(verb)
     args, rest = parser.parse_known_args(argv)
-    if rest and (verb != "launch" or any(text.startswith("-") for text in rest)):
+    if rest and (not hasattr(args, "overrides") or any(text.startswith("-") for text in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if not hasattr(args, "run"):
         parser.print_help()
@@ -144,8 +144,9 @@ def _copy_recipe(args: argparse.Namespace) -> int:
 
 def _add_data(subparsers: Subparsers) -> None:
     from data_pipelines.cli import add_data_commands
+    from nemovl_train.data_verbs import add_recipe_verbs
 
-    add_data_commands(subparsers)
+    add_recipe_verbs(add_data_commands(subparsers))
 
 
 def _add_convert(subparsers: Subparsers) -> None:

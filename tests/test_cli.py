@@ -42,8 +42,8 @@ def test_help_names_every_verb_and_the_exit_codes(capsys):
 
 
 @pytest.mark.parametrize(
-    "argv", [["train"], ["schedule"], ["recipes", "list"], ["data", "make-demo"], ["convert", "export"],
-             ["launch", "torchrun"], ["generate"], ["report"], ["doctor"], ["plan"]],
+    "argv", [["train"], ["schedule"], ["recipes", "list"], ["data", "make-demo"], ["data", "plan"], ["data", "bench"],
+             ["convert", "export"], ["launch", "torchrun"], ["generate"], ["report"], ["doctor"], ["plan"]],
     ids=" ".join,
 )  # fmt: skip
 def test_every_verb_has_help(capsys, argv: list[str]):

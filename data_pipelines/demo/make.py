@@ -30,6 +30,7 @@ from data_pipelines.demo.records import Sample
 from data_pipelines.demo.stdlib_text import modules
 from data_pipelines.demo.tokenizer import BASE_VOCAB, load, train_demo_tokenizer
 from data_pipelines.exceptions import DataError
+from data_pipelines.manifest import FORMAT_VERSION
 
 logger = logging.getLogger(__name__)
 
@@ -177,7 +178,7 @@ def _inputs(seed: int, scale: float) -> dict[str, Any]:
         "scale": float(scale),
         "base_vocab": BASE_VOCAB,
         "rules": RULES,
-        "dataset_format": shards.FORMAT_VERSION,
+        "dataset_format": FORMAT_VERSION,
         "generators": _digest(path.read_text(encoding="utf-8") for path in own),
         "python": platform.python_version(),
         "standard_library": _digest(modules().values()),

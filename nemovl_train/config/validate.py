@@ -3,10 +3,12 @@
 A sentence starts with `key=value`, says what is allowed, and names the nearest legal value where there is one.
 """
 
+import functools
 import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from typing import Any
 
 from data_pipelines.config import LOSS_MODES, LOSS_UNITS, PACKING_MODES
 from nemovl_train.config.nearest import did_you_mean, nearest_multiples
@@ -209,7 +211,12 @@ def _data(config: RunConfig) -> Iterator[str]:
     yield from _choice("data.loss.unit", data.loss.unit, LOSS_UNITS)
     for key in ("window_samples", "max_tiles", "max_frames", "document_bucket", "max_seqlen_bucket"):
         yield from _at_least(f"data.{key}", getattr(data, key), 1)
-    yield from _positive("data.video_fps", data.video_fps)
+    for key in ("read.attempts", "read.prefetch", "shuffle.blocks"):
+        yield from _at_least(f"data.{key}", _option(data, key), 1)
+    for key in ("video_fps", "read.timeout_s", "shuffle.block_mib"):
+        yield from _positive(f"data.{key}", _option(data, key))
+    for key in ("cost.visual_token", "cost.attention_pair"):
+        yield from _at_least(f"data.{key}", _option(data, key), 0)
     yield from _at_least("data.num_workers", data.num_workers, 0)
     if not data.tokenizer:
         yield "data.tokenizer is empty; give the folder that holds tokenizer.json"
@@ -219,10 +226,23 @@ def _data(config: RunConfig) -> Iterator[str]:
         if not source.path:
             yield f"data.sources.{name}.path is empty; give the dataset folder"
         yield from _at_least(f"data.sources.{name}.weight", source.weight, 0)
+        if source.epochs is not None:
+            yield from _at_least(f"data.sources.{name}.epochs", source.epochs, 0)
         if source.max_samples is not None:
             yield from _at_least(f"data.sources.{name}.max_samples", source.max_samples, 1)
-    if data.sources and not any(source.weight > 0 for source in data.sources.values()):
+    counted = [name for name, source in data.sources.items() if source.epochs is not None]
+    if counted and len(counted) < len(data.sources):
+        others = ", ".join(name for name in data.sources if name not in counted)
+        yield f"data.sources: {', '.join(counted)} with epochs, {others} with weight; give all of them epochs, or none"
+    if data.sources and not any(
+        (source.weight if source.epochs is None else source.epochs) > 0 for source in data.sources.values()
+    ):
         yield "data.sources: every weight is 0; give at least one source a weight above 0"
+
+
+def _option(section: object, key: str) -> Any:
+    """Value of a dotted key."""
+    return functools.reduce(getattr, key.split("."), section)
 
 
 def _precision_and_optim(config: RunConfig) -> Iterator[str]:

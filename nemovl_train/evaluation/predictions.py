@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from data_pipelines.config import DataConfig
+from data_pipelines.dataset import Dataset, StoredSample
 from data_pipelines.media.rules import RenderRules
 from data_pipelines.schema import content_items
-from data_pipelines.shards import Dataset, StoredSample
 from data_pipelines.tokenizer import TextTokenizer
 from nemovl_train.checkpoint.files import explain_disk_errors, replace_text
 from nemovl_train.config.schema import RunConfig

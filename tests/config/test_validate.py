@@ -60,6 +60,11 @@ def changed(config, key: str, value):
         ("optim.beta2", 1.0, "exclusive"),
         ("optim.loss_divisor", "mean", "choose from global, pack"),
         ("checkpoint.keep_last", 0, "at least 1"),
+        ("data.packing", "balance", "did you mean balanced"),
+        ("data.read.attempts", 0, "data.read.attempts=0: at least 1"),
+        ("data.read.timeout_s", 0.0, "data.read.timeout_s=0.0: must be above 0"),
+        ("data.shuffle.block_mib", -1.0, "data.shuffle.block_mib=-1.0: must be above 0"),
+        ("data.cost.visual_token", -0.1, "at least 0"),
         ("evaluation.max_samples", 0, "at least 1"),
         ("evaluation.seq_length", 100, "nearest: 96 or 128"),
         ("evaluation.sources", {"x": ""}, "evaluation.sources.x is empty"),
@@ -80,6 +85,17 @@ def test_one_wrong_value(base: RunConfig, key: str, value, part: str):
     found = validate_run(changed(base, key, value))
     assert any(part in problem for problem in found), found
     assert all("=" in problem or " is empty" in problem or ":" in problem for problem in found)
+
+
+def test_a_blend_has_weights_or_epochs(base: RunConfig):
+    sources = {name: replace(source, epochs=2.0) for name, source in base.data.sources.items()}
+    assert validate_run(changed(base, "data.sources", sources)) == []
+    first, *others = sources
+    mixed = {**sources, first: replace(sources[first], epochs=None)}
+    (problem,) = validate_run(changed(base, "data.sources", mixed))
+    assert f"{others[-1]} with epochs, {first} with weight; give all of them epochs, or none" in problem
+    none = {name: replace(source, epochs=0.0) for name, source in sources.items()}
+    assert "every weight is 0" in validate_run(changed(base, "data.sources", none))[0]
 
 
 def test_frozen_text_only_model_needs_no_media_rows(base: RunConfig):

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+from data_pipelines.config import ReadConfig
 from data_pipelines.exceptions import DataError
 from data_pipelines.loader import PackStream
 
@@ -58,6 +59,45 @@ def test_resume_continues_with_other_ranks(config, straight):
     assert digests == straight[2 * BATCH :]
 
 
+# (ranks, workers of each rank), one after the other, two steps each; 4 and 8 ranks do not divide the batch of 6
+SCHEDULE = [(4, 0), (3, 1), (6, 0), (8, 0), (1, 2)]
+
+
+def test_one_integer_is_all_that_a_stop_keeps(mixed_folder, configure):
+    """Ranks and workers change at every stop, as on a cluster that shrinks and grows; the stream does not."""
+    folders = {"mixed": mixed_folder, "again": mixed_folder}
+    straight = stream(configure(folders))
+    expected = [p.digest() for _ in range(2 * len(SCHEDULE)) for p in next(straight)]
+    consumed, seen = 0, []
+    for dp_size, workers in SCHEDULE:
+        # Processes are dear: the first rank has workers, the others build for themselves.
+        ranks = [
+            stream(configure(folders, num_workers=0 if r else workers), dp_rank=r, dp_size=dp_size, start_pack=consumed)
+            for r in range(dp_size)
+        ]
+        for _ in range(2):
+            packs, fill = step_of_all_ranks(ranks)
+            seen += [p.digest() for p in packs]
+            assert len(fill) == -BATCH % dp_size
+        positions = {rank.packs_consumed for rank in ranks}
+        for rank in ranks:
+            rank.close()
+        (consumed,) = positions
+    assert seen == expected
+
+
+def test_prefetch_is_bounded(mixed_folder, configure):
+    """A worker never builds further ahead than it was told: long packs are large."""
+    packs = stream(configure({"mixed": mixed_folder}, num_workers=1, read=ReadConfig(prefetch=1)), global_batch=1)
+    asked = []
+    plan_pack = packs.plan.pack
+    packs.plan.pack = lambda number: asked.append(number) or plan_pack(number)
+    for _ in range(3):
+        next(packs)
+    assert max(asked) <= 3 + 1
+    packs.close()
+
+
 def test_workers_change_nothing_and_outlive_signals(straight, mixed_folder, configure):
     working = configure({"mixed": mixed_folder, "again": mixed_folder}, num_workers=2)
     before = torch.get_rng_state()
@@ -92,3 +132,19 @@ def test_tile_size_must_be_the_models(config):
 def test_config_needs_no_torch():
     code = "import data_pipelines.config, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, cwd=os.getcwd()).returncode == 0
+
+
+def test_pinning_reaches_every_tensor_and_changes_nothing(config, straight, monkeypatch):
+    """PyTorch's loader hands what comes from a worker to this function; without a device locking is a copy here."""
+    from torch.utils.data._utils.pin_memory import pin_memory
+
+    locked = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: locked.append(self.clone()) or locked[-1])
+    packs = stream(config)
+    built = next(packs._built)
+    pinned = pin_memory(built)
+    assert pinned.pack.digest() == built.pack.digest() == straight[0]
+    tensors = [value for value in vars(pinned.pack).values() if isinstance(value, torch.Tensor)]
+    assert len(tensors) == len(locked) > 7
+    assert all(any(tensor is copy for copy in locked) for tensor in tensors)
+    assert pinned.outcomes == built.outcomes

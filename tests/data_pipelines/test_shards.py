@@ -8,10 +8,12 @@ import pytest
 import webdataset
 
 from data_pipelines import shards
-from data_pipelines.config import DataConfig
+from data_pipelines.config import DataConfig, ReadConfig
+from data_pipelines.dataset import Dataset
 from data_pipelines.exceptions import DataError
+from data_pipelines.fit import shrink_sample
 from data_pipelines.media.rules import RenderRules
-from data_pipelines.shards import Dataset
+from data_pipelines.storage import Storage
 from data_pipelines.tokenizer import TextTokenizer
 
 
@@ -27,7 +29,7 @@ def test_same_input_gives_the_same_bytes(tmp_path, write, mixed_samples):
 
 def test_reads_back_what_was_written(tmp_path, write, mixed_samples, monkeypatch):
     samples = mixed_samples(12)
-    monkeypatch.setattr(Dataset, "_MAX_OPEN_SHARDS", 2)
+    monkeypatch.setattr(Storage, "_MAX_OPEN_FILES", 2)
     folder = write(tmp_path / "d", samples, shard_mib=0.005)
     dataset = pickle.loads(pickle.dumps(Dataset.open(folder, "train")))
     assert len(list(folder.glob("*.tar"))) > 3
@@ -121,6 +123,49 @@ def test_a_changed_or_missing_manifest_is_refused(tmp_path, write, mixed_samples
     manifest.unlink()
     with pytest.raises(DataError, match=r"train\.parquet is missing; copy or write"):
         Dataset.open(folder, "train")
+
+
+def flip(path, place):
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_damaged_manifest_or_index_is_found(tmp_path, write, mixed_samples):
+    folder = write(tmp_path / "d", mixed_samples(4))
+    flip(folder / "train.parquet", 60)  # inside the first column's page, which opening does not read
+    dataset = Dataset.open(folder, "train", read=ReadConfig(attempts=1))
+    with pytest.raises(DataError, match=r"train\.parquet cannot be read: OSError: .*CRC"):
+        dataset.row(0)
+    flip(folder / "train.parquet", 60)
+    assert dataset.row(0)["key"] == "text-0", "it was opened again"
+    flip(folder / "train.npy", -1)
+    with pytest.raises(DataError, match=r"train\.npy is not the file that dataset\.json describes"):
+        Dataset.open(folder, "train")
+
+
+def test_rows_are_found_in_any_row_group(tmp_path, write, mixed_samples, monkeypatch):
+    monkeypatch.setattr(shards, "ROW_GROUP", 3)
+    folder = write(tmp_path / "d", mixed_samples(20), shard_mib=0.05)
+    assert pq.ParquetFile(folder / "train.parquet").num_row_groups > 6
+    dataset = Dataset.open(folder, "train")
+    keys = [record["id"] for record, _ in mixed_samples(20)]
+    assert [dataset.key(i) for i in reversed(range(20))] == keys[::-1]
+    assert [dataset.row(i)["total_tokens"] for i in range(20)] == dataset.lengths.tolist()
+    for beyond in (-1, 20):
+        with pytest.raises(IndexError):
+            dataset.row(beyond)
+
+
+def test_least_tokens_is_where_shrinking_ends(mixed_folder, tokenizer, rules_options):
+    dataset = Dataset.open(mixed_folder, "train")
+    rules = RenderRules.from_config(DataConfig(**rules_options))
+    for row in range(len(dataset)):
+        least, text = int(dataset.least_tokens[row]), int(dataset.text_tokens[row])
+        assert least <= dataset.lengths[row]
+        if least < dataset.lengths[row]:
+            assert shrink_sample(dataset.shapes(row), text, least, rules, tokenizer).length == least
+        assert shrink_sample(dataset.shapes(row), text, least - 1, rules, tokenizer) is None
 
 
 @pytest.mark.parametrize("name", ["../train-00000.tar", "/etc/passwd", "..", "", "sub/x.tar", None])

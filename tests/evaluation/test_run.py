@@ -9,9 +9,10 @@ import small_vlm
 import torch
 
 from data_pipelines.config import DataConfig, SourceConfig
+from data_pipelines.dataset import Dataset
 from data_pipelines.loader import heldout_packs
 from data_pipelines.schema import Pack
-from data_pipelines.shards import Dataset, write_dataset
+from data_pipelines.shards import write_dataset
 from data_pipelines.template import NO_TRACE, TRACE_START
 from data_pipelines.tokenizer import TextTokenizer
 from nemovl_train.config.schema import EvalConfig, ParallelConfig, RunConfig
