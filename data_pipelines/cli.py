@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from data_pipelines.verbs import VERBS
+
 
 def make_demo(out: Path, *, seed: int = 1234, scale: float = 1.0) -> dict[str, Any]:
     """Builds the offline demo data; see `data_pipelines.demo.make.make_demo`."""
@@ -23,6 +25,8 @@ def add_data_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentP
     demo.add_argument("--scale", type=float, default=1.0, help="factor on the sample counts (default: %(default)s)")
     demo.add_argument("--json", action="store_true", help="print the result as JSON")
     demo.set_defaults(run=_run_make_demo)
+    for add_verb in VERBS:
+        add_verb(verbs)
 
 
 def _run_make_demo(args: argparse.Namespace) -> int:
