@@ -129,7 +129,7 @@ def choose_format(source: Path, name: str) -> str:
     if name != AUTO and name not in FORMATS:
         raise DataError(f"--format {name!r} is not one of {AUTO}, {', '.join(FORMATS)}")
     if not source.exists():
-        hint = "; download it first, nothing is fetched during an import" if "://" in str(source) else ""
+        hint = "; download it first, nothing is fetched during an import" if ":/" in str(source) else ""
         raise DataError(f"{source}: there is no such file or folder{hint}")
     return _detect(source) if name == AUTO else name
 
@@ -141,11 +141,13 @@ def _detect(source: Path) -> str:
             return "energon"
         if _saved_by_datasets(source):
             return "hf"
+        if (source / "dataset.json").exists() and suffixes[".tar"]:
+            return "webdataset"  # a dataset folder of our own, to be counted by other rules
         if next(source.rglob(METADATA_JSON), None) or next(source.rglob(METADATA_CSV), None):
             return "folder"
     if suffixes[".parquet"]:
         return "hf"
-    # A folder of our own holds dataset.json and shards; another tool's settings may lie beside its shards as well.
+    # Another tool's settings may lie beside its shards as JSON, but hold no record.
     records = [path for path in files_with(source, JSON_SUFFIXES) if _first_record(path) is not None]
     if any(suffixes[suffix] for suffix in JSON_SUFFIXES) and records:
         return _conversation_format(records[0])

@@ -11,6 +11,7 @@ number of interruptions.
 import fcntl
 import json
 import logging
+import math
 import multiprocessing
 import os
 import shutil
@@ -361,8 +362,10 @@ def _check_share(options: ImportOptions, results: Sequence[UnitResult], *, early
     if (early and rows < _EARLY_ROWS) or not bad or bad <= options.max_bad * rows:
         return
     first = next(result.first_rejected for result in sorted(results, key=lambda r: r.number) if result.rejected)
-    raise DataError(
+    text = (
         f"{bad} of {rows} rows cannot be used, more than --max-bad {options.max_bad:g} allows; the first, {first}\n"
-        f"All are listed in {work.REJECTED_FILE} of the parts in .{options.out.name}.importing/units. Repair the source, or type "
-        f"the same command with --max-bad {min(1.0, bad / rows + 0.01):.2f} to leave them out"
+        f"All are listed in {work.REJECTED_FILE} of the parts in .{options.out.name}.importing/units. Repair the source"
     )
+    if bad < rows:
+        text += f", or type the same command with --max-bad {math.ceil(100 * bad / rows) / 100:.2f} to leave them out"
+    raise DataError(text)
