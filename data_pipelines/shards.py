@@ -319,6 +319,10 @@ class Dataset:
         """Record id of a sample."""
         return self._table["key"][index].as_py()
 
+    def shard_name(self, number: int) -> str:
+        """File name of a shard."""
+        return str(self._shards[number]["name"])
+
     def shapes(self, index: int) -> tuple[MediaShape, ...]:
         """Sizes of a sample's media, in record order."""
         return stored_shapes(self.row(index))

@@ -93,9 +93,26 @@ class Converter:
                 data = self._fetch(item["ref"], item["type"], row)
                 member = f"{item['type']}{len(media)}.{content_suffix(data, item['type'])}"
                 media[member] = data
-                items.append({"type": item["type"], item["type"]: member, **_metadata(item)})
+                items.append({"type": item["type"], item["type"]: member, **_source(item["ref"]), **_metadata(item)})
             messages.append({"role": message["role"], "content": items})
         return {"id": key, "messages": messages}, media
+
+
+def _source(reference: Any) -> dict[str, str]:
+    """Name that the source gave a medium, kept so that a sample can be traced back to its file."""
+    if isinstance(reference, Mapping):
+        reference = reference.get("path")
+    named = isinstance(reference, str) and not reference.startswith("data:")
+    return {"source": reference} if named else {}
+
+
+def in_source_words(message: str, record: Mapping[str, Any]) -> str:
+    """An error about a record's media with the names that the source gave them."""
+    for turn in record["messages"]:
+        for item in turn["content"]:
+            if "source" in item:
+                message = message.replace(repr(item[item["type"]]), repr(item["source"]))
+    return message
 
 
 def _metadata(item: Mapping[str, Any]) -> dict[str, Any]:

@@ -54,7 +54,9 @@ def _json_or_csv(source: Path) -> Reader:
         return CsvReader() if source.suffix.lower() in (".csv", ".tsv") else JsonReader()
     if next(source.rglob(METADATA_JSON), None):
         return JsonReader((METADATA_JSON,))
-    return CsvReader((METADATA_CSV,) if next(source.rglob(METADATA_CSV), None) else ())
+    if next(source.rglob(METADATA_CSV), None):
+        return CsvReader((METADATA_CSV,))
+    return JsonReader() if files_with(source, JSON_SUFFIXES) else CsvReader()
 
 
 def _huggingface(source: Path) -> Reader:

@@ -12,12 +12,11 @@ import fcntl
 import json
 import logging
 import math
-import multiprocessing
 import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -35,6 +34,7 @@ from data_pipelines.importers.tar_index import TarIndex
 from data_pipelines.importers.tasks import ALIASES, BOX_FORMATS, TASKS, ColumnOptions
 from data_pipelines.importers.work import UnitResult, Worker, WorkOptions
 from data_pipelines.media.rules import RenderRules
+from data_pipelines.processes import process_pool
 from data_pipelines.shards import write_synced
 from data_pipelines.tokenizer import TextTokenizer
 
@@ -297,9 +297,7 @@ def _limited(
 def _in_processes(options: WorkOptions, missing: Sequence[tuple[int, Unit]], workers: int) -> Iterator[UnitResult]:
     waiting = iter(missing)
     running: dict[Future[UnitResult], Unit] = {}
-    pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), initializer=work.start_process, initargs=(options,)
-    )
+    pool = process_pool(workers, work.start_process, options)
     try:
         while True:
             # Not all at once: a list of a million futures would be built before the first is done.

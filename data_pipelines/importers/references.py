@@ -87,10 +87,11 @@ def _read_regular(path: Path, reference: str, kind: str) -> bytes:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError as error:
         raise DataError(f"{kind} {reference!r} cannot be read: {error.strerror}") from error
+    found = os.fstat(handle)
+    if not stat.S_ISREG(found.st_mode):
+        os.close(handle)
+        raise DataError(f"{kind} {reference!r} is not a regular file")
     with os.fdopen(handle, "rb") as file:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode):
-            raise DataError(f"{kind} {reference!r} is not a regular file")
         _check_size(found.st_size, kind, reference)
         return file.read()
 

@@ -1,6 +1,7 @@
 """Rows of JSON, CSV, Parquet files and of folders saved by the `datasets` library."""
 
 import csv
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -23,6 +24,7 @@ from data_pipelines.importers.parsing import parse_json
 from data_pipelines.importers.rows import Rejected, Row, Unit, split_of
 
 _BATCH_ROWS = 16
+_ESCAPED = re.compile("[\ud800-\udfff]")
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 
 
@@ -98,13 +100,17 @@ class CsvReader:
         stem = PurePosixPath(unit.path).stem
         number = 0
         try:
-            with path.open(encoding="utf-8-sig", newline="") as file:
+            csv.field_size_limit(MAX_RECORD_BYTES)
+            with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
                 table = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
                 for number, values in enumerate(table):
                     where = f"{unit.path}:{table.line_num}"
                     if None in values or None in values.values():
                         count = len(table.fieldnames or ())
                         yield Rejected(where, "", "read", f"has not as many fields as the header line ({count})")
+                        continue
+                    if any(not value.isascii() and _ESCAPED.search(value) for value in values.values()):
+                        yield Rejected(where, "", "read", "is not UTF-8; save the table as UTF-8")
                         continue
                     yield Row(where, f"{stem}-{number:07d}", values, {}, path.parent)
         except (csv.Error, ValueError) as error:

@@ -2,21 +2,15 @@
 
 import json
 import logging
-import os
 import shutil
-import threading
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
-from multiprocessing import parent_process
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from data_pipelines.exceptions import DataError
-from data_pipelines.importers.convert import Converter, MediaError
+from data_pipelines.importers.convert import Converter, MediaError, in_source_words
 from data_pipelines.importers.formats import FORMATS
 from data_pipelines.importers.references import MediaFinder
 from data_pipelines.importers.rows import Rejected, Row, Unit
@@ -143,11 +137,17 @@ class Worker:
                 continue
             try:
                 record, media = self.converter.sample(row)
-                described = describe(record, media, self.options.rules, self.tokenizer)
+                described = self._describe(record, media)
             except _DEFECTS as error:
                 rejected.append(_rejected(row, self.converter.key(row), error))
                 continue
             yield record, media, described
+
+    def _describe(self, record: dict[str, Any], media: dict[str, bytes]) -> dict[str, Any]:
+        try:
+            return describe(record, media, self.options.rules, self.tokenizer)
+        except DataError as error:
+            raise DataError(in_source_words(str(error), record)) from error
 
 
 def _rejected(row: Row, key: str, error: Exception) -> Rejected:
@@ -164,18 +164,7 @@ _worker: Worker | None = None
 def start_process(options: WorkOptions) -> None:
     """First act of a worker process."""
     global _worker
-    parent = parent_process()
-    assert parent is not None
-    # A killed parent closes nothing that a worker waits for: without this it would wait for ever.
-    threading.Thread(target=_leave_with, args=(parent.sentinel,), daemon=True).start()
-    torch.set_num_threads(1)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _worker = Worker(options)
-
-
-def _leave_with(sentinel: int) -> None:
-    wait([sentinel])
-    os._exit(1)
 
 
 def run_in_process(number: int, unit: Unit) -> UnitResult:

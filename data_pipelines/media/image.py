@@ -106,7 +106,9 @@ def _open(data: bytes) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is lower and an error
             image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
+    except UnidentifiedImageError as error:  # its text holds a memory address, another one every time
+        raise DataError(f"not a readable image: none of {', '.join(FORMATS)}") from error
+    except (Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
         raise DataError(f"not a readable image ({', '.join(FORMATS)} are accepted): {error}") from error
     if image.width * image.height > MAX_PIXELS:
         raise DataError(f"image of {image.width}x{image.height} pixels is larger than {MAX_PIXELS} pixels")

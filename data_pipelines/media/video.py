@@ -45,7 +45,7 @@ def probe(data: bytes) -> MediaShape:
     """
     with _container(data) as container:
         stream = container.streams.video[0]
-        fps = float(stream.average_rate or 0)
+        fps = float(stream.average_rate or stream.guessed_rate or 0)  # a transport stream states none
         frames = 0
         for _ in _decoded(container, stream):
             frames += 1
@@ -64,24 +64,31 @@ def video_tiles(data: bytes, indices: Sequence[int], tile_size: int) -> torch.Te
     Raises:
         DataError: The stream is damaged or ends before the last frame asked for.
     """
+    tiles = []
+    for frame in decoded_frames(data, indices):
+        pixels = np.ascontiguousarray(frame.to_ndarray(format="rgb24"))
+        tiles.append(resize(torch.from_numpy(pixels), tile_size, tile_size))
+    return torch.stack(tiles)
+
+
+def decoded_frames(data: bytes, indices: Sequence[int]) -> Iterator[Any]:
+    """PyAV's frames of some numbers (rising; a number may repeat).
+
+    Raises:
+        DataError: The stream is damaged or ends before the last frame asked for.
+    """
     wanted = iter(indices)
     target: int | None = next(wanted, None)
-    tiles: list[torch.Tensor] = []
+    given = 0
     with _container(data) as container:
-        stream = container.streams.video[0]
-        for number, frame in enumerate(_decoded(container, stream)):
-            if number != target:
-                continue
-            pixels = np.ascontiguousarray(frame.to_ndarray(format="rgb24"))
-            tile = resize(torch.from_numpy(pixels), tile_size, tile_size)
+        for number, frame in enumerate(_decoded(container, container.streams.video[0])):
             while target == number:
-                tiles.append(tile)
+                yield frame
+                given += 1
                 target = next(wanted, None)
             if target is None:
-                break
-    if len(tiles) != len(indices):
-        raise DataError(f"video ends after {len(tiles)} of the {len(indices)} frames that its metadata promise")
-    return torch.stack(tiles)
+                return
+    raise DataError(f"video ends after {given} of the {len(indices)} frames that its metadata promise")
 
 
 def _container(data: bytes) -> Any:

@@ -26,7 +26,7 @@ def test_llava_list(tmp_path, bring, imported, picture, texts):
     assert bring(tmp_path / "src")["format"] == "llava"
     (first, media), (second, none) = imported()
     assert texts(first) == ["<image>\nWhat is it?", "A cat.", 'Sure, "really"? [}', "Yes."]
-    assert first["messages"][0]["content"][0] == {"type": "image", "image": "image0.jpg"}
+    assert first["messages"][0]["content"][0] == {"type": "image", "image": "image0.jpg", "source": "coco/1.jpg"}
     assert media == {"image0.jpg": photo}
     assert (texts(second), none) == (['Sure, "really"? [}', "Yes."], {})
 
