@@ -3,11 +3,11 @@
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from data_pipelines.exceptions import DataError
-from data_pipelines.importers.rows import Rejected, Row, Unit, split_of
+from data_pipelines.importers.rows import Rejected, Row, Unit, position_of, split_of
 from data_pipelines.importers.tables import files_with, root_of
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst")
@@ -84,7 +84,6 @@ class PdfReader:
     def rows(self, source: Path, unit: Unit) -> Iterator[Row | Rejected]:
         """Pages that have a text layer; the others are rejected, since their text is not known."""
         path = root_of(source) / unit.path
-        stem = "-".join(PurePosixPath(unit.path).with_suffix("").parts)
         try:
             for page in pdf_pages(path, dpi=self.dpi):
                 where = f"{unit.path}:{page.number + 1}"
@@ -92,7 +91,7 @@ class PdfReader:
                     yield Rejected(where, "", "row", "page has no text layer to learn from; ask questions about it in a metadata.jsonl (see render-pdf)")
                     continue
                 values = {"image": {"bytes": page.png}, "text": page.text}
-                yield Row(where, f"{stem}-{page.number:05d}", values, {}, path.parent)
+                yield Row(where, position_of(unit.path, page.number), values, {}, path.parent)
         except DataError as error:
             yield Rejected(unit.path, "", "read", str(error))
 
@@ -122,7 +121,6 @@ class TextReader:
         """Pieces of each file, with columns question and answer."""
         for name in unit.files:
             path = root_of(source) / name
-            stem = "-".join(PurePosixPath(name).parts)
             if path.stat().st_size > MAX_TEXT_BYTES:
                 yield Rejected(name, "", "read", f"is larger than {MAX_TEXT_BYTES} bytes; split it")
                 continue
@@ -139,7 +137,7 @@ class TextReader:
                     yield Rejected(where, "", "row", "too short to ask with one half and answer with the other")
                     continue
                 values = {"question": f"{self.instruction}\n\n{question}", "answer": answer}
-                yield Row(where, f"{stem}-{number:05d}", values, {}, path.parent)
+                yield Row(where, position_of(name, number), values, {}, path.parent)
 
 
 def _pieces(text: str, size: int) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 
@@ -71,6 +71,11 @@ class Reader(Protocol):
 
     def rows(self, source: Path, unit: Unit) -> Iterator[Row | Rejected]:
         """Rows of a unit, in order."""
+
+
+def position_of(path: str, number: int) -> str:
+    """Identifier of a row by its file, folders included, and its number."""
+    return f"{'-'.join(PurePosixPath(path).with_suffix('').parts)}-{number:07d}"
 
 
 def split_of(name: str, override: str | None) -> str:

@@ -4,7 +4,7 @@ import csv
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -21,7 +21,7 @@ from data_pipelines.importers.json_ranges import (
     unit_ranges,
 )
 from data_pipelines.importers.parsing import parse_json
-from data_pipelines.importers.rows import Rejected, Row, Unit, split_of
+from data_pipelines.importers.rows import Rejected, Row, Unit, position_of, split_of
 
 _BATCH_ROWS = 16
 _ESCAPED = re.compile("[\ud800-\udfff]")
@@ -67,7 +67,7 @@ class JsonReader:
         path = root_of(source) / unit.path
         data, as_list = map_file(path), is_list(path)
         for number, (start, stop) in enumerate(record_spans(data, unit.start, unit.stop, as_list=as_list), unit.first):
-            where, position = f"{unit.path}:{number + 1}", f"{PurePosixPath(unit.path).stem}-{number:07d}"
+            where = f"{unit.path}:{number + 1}"
             if stop - start > MAX_RECORD_BYTES:
                 text = f"record of {stop - start} bytes is longer than the {MAX_RECORD_BYTES} that are read"
                 yield Rejected(where, "", "read", text)
@@ -79,7 +79,7 @@ class JsonReader:
             except ValueError as error:
                 yield Rejected(where, "", "read", f"not a JSON record: {error}")
                 continue
-            yield Row(where, position, values, {}, path.parent)
+            yield Row(where, position_of(unit.path, number), values, {}, path.parent)
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,6 @@ class CsvReader:
     def rows(self, source: Path, unit: Unit) -> Iterator[Row | Rejected]:
         """Rows as texts by the names of the header line."""
         path = root_of(source) / unit.path
-        stem = PurePosixPath(unit.path).stem
         number = 0
         try:
             csv.field_size_limit(MAX_RECORD_BYTES)
@@ -112,7 +111,7 @@ class CsvReader:
                     if any(not value.isascii() and _ESCAPED.search(value) for value in values.values()):
                         yield Rejected(where, "", "read", "is not UTF-8; save the table as UTF-8")
                         continue
-                    yield Row(where, f"{stem}-{number:07d}", values, {}, path.parent)
+                    yield Row(where, position_of(unit.path, number), values, {}, path.parent)
         except (csv.Error, ValueError) as error:
             yield Rejected(f"{unit.path}:{number + 2}", "", "read", f"the table ends here, it cannot be read on: {error}")
 
@@ -138,14 +137,13 @@ class ParquetReader:
     def rows(self, source: Path, unit: Unit) -> Iterator[Row | Rejected]:
         """Rows of some row groups, a few at a time: pictures in them may be large."""
         path = root_of(source) / unit.path
-        stem = PurePosixPath(unit.path).stem
         number = unit.first
         try:
             with pq.ParquetFile(path) as file:
                 names = _class_names(file.schema_arrow)
                 for batch in file.iter_batches(_BATCH_ROWS, row_groups=list(range(unit.start, unit.stop))):
                     for values in batch.to_pylist():
-                        position = f"{stem}-{number:07d}"
+                        position = position_of(unit.path, number)
                         yield Row(f"{unit.path}:{number + 1}", position, _named(values, names), {}, path.parent)
                         number += 1
         except (OSError, pa.ArrowException) as error:
@@ -194,7 +192,7 @@ class SavedReader:
         for start in range(unit.start, unit.stop, _BATCH_ROWS):
             batch = raw[start : min(start + _BATCH_ROWS, unit.stop)]
             for number, values in enumerate(batch.to_pylist(), start):
-                position = f"{label}-{number:07d}"
+                position = position_of(label, number)
                 yield Row(f"{label}:{number + 1}", position, _named(values, names), {}, source / unit.path)
 
 

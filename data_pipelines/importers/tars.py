@@ -9,7 +9,7 @@ from webdataset.tariterators import base_plus_ext
 
 from data_pipelines.importers.json_ranges import MAX_RECORD_BYTES
 from data_pipelines.importers.parsing import parse_json
-from data_pipelines.importers.rows import Rejected, Row, Unit, split_of
+from data_pipelines.importers.rows import Rejected, Row, Unit, position_of, split_of
 from data_pipelines.media.kinds import suffix_kind
 from data_pipelines.media.video import MAX_VIDEO_BYTES
 
@@ -34,7 +34,7 @@ class TarReader:
                 yield sample
                 continue
             key, members = sample
-            where, position = f"{unit.path}:{key}", f"{PurePosixPath(unit.path).stem}-{number:06d}"
+            where, position = f"{unit.path}:{key}", position_of(unit.path, number)
             try:
                 yield Row(where, position, {"__key__": key, **_values(members)}, members, (root / unit.path).parent)
             except ValueError as error:
