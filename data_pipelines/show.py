@@ -286,8 +286,10 @@ def write_page(view: View, path: Path) -> Path:
         DataError: The file cannot be written.
     """
     shown = min(len(view.tiles), _MAX_PICTURES)
-    page = templates().get_template("show.html").render(
-        view=view, pictures=[_picture(tile) for tile in view.tiles[:shown]], shown=shown
+    page = (
+        templates()
+        .get_template("show.html")
+        .render(view=view, pictures=[_picture(tile) for tile in view.tiles[:shown]], shown=shown)
     )
     return write_html(path, page)
 

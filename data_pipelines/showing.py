@@ -82,7 +82,9 @@ def pack_view(
 def _row_of(dataset: Dataset, key: str) -> int:
     row = next((i for i in range(len(dataset)) if dataset.key(i) == key), None)
     if row is None:
-        raise DataError(f"split {dataset.split!r} of {dataset.folder} has no sample {key!r}; ids are in its Parquet file")
+        raise DataError(
+            f"split {dataset.split!r} of {dataset.folder} has no sample {key!r}; ids are in its Parquet file"
+        )
     return row
 
 
@@ -102,9 +104,7 @@ def _folders_config(folders: Sequence[Path], split: str | None, seq_length: int,
         name: SourceConfig(path=str(folder), split=split or "train")
         for name, folder in zip(names, folders, strict=True)
     }
-    return DataConfig(
-        sources=sources, tokenizer=str(_tokenizer(folders[0], tokenizer)), seq_length=seq_length, **rules
-    )
+    return DataConfig(sources=sources, tokenizer=str(_tokenizer(folders[0], tokenizer)), seq_length=seq_length, **rules)
 
 
 def _run_config(path: Path, seed: int) -> tuple[DataConfig, int]:

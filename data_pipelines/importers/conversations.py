@@ -52,7 +52,9 @@ def draft_of(values: Mapping[str, Any]) -> Draft:
     """
     name = has_conversation(values)
     if not name:
-        raise DataError(f"no messages, conversations or texts in the row; it has {', '.join(map(str, values)) or 'no field'}")
+        raise DataError(
+            f"no messages, conversations or texts in the row; it has {', '.join(map(str, values)) or 'no field'}"
+        )
     if name == "texts":
         messages = _from_pairs(values[name])
     else:
@@ -136,7 +138,9 @@ def _place(messages: list[dict[str, Any]], kind: str, beside: list[Any]) -> None
     if empty:
         # Hugging Face chat style: an item without a reference takes the next of the column.
         if len(empty) != len(beside):
-            raise DataError(f"{len(empty)} {kind} items without a name, but {len(beside)} {kind}(s) beside the messages")
+            raise DataError(
+                f"{len(empty)} {kind} items without a name, but {len(beside)} {kind}(s) beside the messages"
+            )
         for item, reference in zip(empty, beside, strict=True):
             item["ref"] = reference
         return

@@ -88,7 +88,12 @@ class PdfReader:
             for page in pdf_pages(path, dpi=self.dpi):
                 where = f"{unit.path}:{page.number + 1}"
                 if len(page.text) < _MIN_PAGE_TEXT:
-                    yield Rejected(where, "", "row", "page has no text layer to learn from; ask questions about it in a metadata.jsonl (see render-pdf)")
+                    yield Rejected(
+                        where,
+                        "",
+                        "row",
+                        "page has no text layer; render-pdf makes pages to ask questions about",
+                    )
                     continue
                 values = {"image": {"bytes": page.png}, "text": page.text}
                 yield Row(where, position_of(unit.path, page.number), values, {}, path.parent)
@@ -115,7 +120,10 @@ class TextReader:
         root = root_of(source)
         names = [p.relative_to(root).as_posix() for p in files_with(source, self.suffixes)]
         groups = [tuple(names[i : i + _FILES_PER_UNIT]) for i in range(0, len(names), _FILES_PER_UNIT)]
-        return [Unit(split_of("", split), group[0], first=i * _FILES_PER_UNIT, files=group) for i, group in enumerate(groups)]
+        return [
+            Unit(split_of("", split), group[0], first=i * _FILES_PER_UNIT, files=group)
+            for i, group in enumerate(groups)
+        ]
 
     def rows(self, source: Path, unit: Unit) -> Iterator[Row | Rejected]:
         """Pieces of each file, with columns question and answer."""

@@ -99,7 +99,7 @@ FORMATS: dict[str, Format] = {
         conversation="messages",
     ),
     "hf": Format(
-        about="Hugging Face: Parquet files, or a folder of datasets' save_to_disk; chats, VQA columns, Cauldron, FineVision",
+        about="Hugging Face: Parquet or save_to_disk; chats, VQA columns, Cauldron, FineVision",
         reader=_huggingface,
     ),
     "webdataset": Format(about="webdataset tar shards", reader=lambda source: TarReader()),
@@ -176,7 +176,9 @@ def _conversation_format(path: Path) -> str:
     if kind == "messages":
         beside = {"images", "videos"} & set(record)
         parts = (p for m in record["messages"] if isinstance(m.get("content"), list) for p in m["content"])
-        named = any(isinstance(p, dict) and isinstance(p.get(p.get("type")), str) for p in parts if p.get("type") != "text")
+        named = any(
+            isinstance(p, dict) and isinstance(p.get(p.get("type")), str) for p in parts if p.get("type") != "text"
+        )
         return "nemotron-v2" if named and not beside else "openai"
     if kind in ("conversations", "conversation"):
         if {"images", "videos"} & set(record):

@@ -57,8 +57,8 @@ class MediaFinder:
             return _capped(members[reference], kind, reference)
         if "://" in reference:
             raise DataError(
-                f"{kind} {reference[:120]!r} is a URL; nothing is fetched during an import: download it, write its file "
-                "name in the row, and name the folder with --media-root"
+                f"{kind} {reference[:120]!r} is a URL; nothing is fetched during an import: download it, write its "
+                "file name in the row, and name the folder with --media-root"
             )
         if self.index is not None and (data := self.index.read(reference, MAX_BYTES[kind])) is not None:
             return data

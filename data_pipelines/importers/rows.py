@@ -1,4 +1,4 @@
-"""What every reader gives: rows of a source, and rows that could not be read; and what every converter makes of them."""
+"""What every reader gives: units of a source, their rows, and the rows that could not be read."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field

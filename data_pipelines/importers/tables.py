@@ -113,7 +113,9 @@ class CsvReader:
                         continue
                     yield Row(where, position_of(unit.path, number), values, {}, path.parent)
         except (csv.Error, ValueError) as error:
-            yield Rejected(f"{unit.path}:{number + 2}", "", "read", f"the table ends here, it cannot be read on: {error}")
+            yield Rejected(
+                f"{unit.path}:{number + 2}", "", "read", f"the table ends here, it cannot be read on: {error}"
+            )
 
 
 class ParquetReader:

@@ -1,7 +1,7 @@
 """Which member of which tar file a medium is: for records that name media kept in tars of their own.
 
-The Nemotron-VLM-Dataset-v2 is laid out so: `SUBSET.jsonl` beside `media/shard_*.tar` (its `data_format.md`). Offsets are
-kept in SQLite, so that any number of members costs no memory and workers share one file.
+The Nemotron-VLM-Dataset-v2 is laid out so: `SUBSET.jsonl` beside `media/shard_*.tar` (its `data_format.md`). Offsets
+are kept in SQLite, so that any number of members costs no memory and workers share one file.
 """
 
 import os
@@ -67,7 +67,7 @@ def _members(path: Path, root: Path) -> list[tuple[str, str, int, int]]:
     try:
         with tarfile.open(path, "r:") as tar:
             for info in tar:
-                tar.members = []  # tarfile would keep every header it has seen
+                tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header it has seen
                 if info.isreg() and not info.issparse():
                     name = info.name.removeprefix("./")
                     rows.append((name, path.relative_to(root).as_posix(), info.offset_data, info.size))

@@ -48,7 +48,7 @@ def tar_samples(path: Path, name: str) -> Iterator[tuple[str, dict[str, bytes]] 
     try:
         with tarfile.open(path, "r:") as tar:
             for info in tar:
-                tar.members = []  # tarfile would keep every header it has seen
+                tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header it has seen
                 if info.isdir() or PurePosixPath(info.name).name.startswith((".", "__")):
                     continue
                 base, field = base_plus_ext(info.name)

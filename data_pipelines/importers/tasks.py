@@ -43,7 +43,10 @@ _PROMPTS = {
     "document": ("Extract the content of this page.", "Convert this page to text, in reading order."),
     "classification": ("What does this {medium} show? Answer with one label.", "Classify this {medium}."),
     "temporal": ("When does this happen: {query}?", "Find the time span of: {query}."),
-    "dense_caption": ("List the events of this video with their times.", "Describe what happens, step by step with times."),
+    "dense_caption": (
+        "List the events of this video with their times.",
+        "Describe what happens, step by step with times.",
+    ),
 }
 
 
@@ -169,7 +172,9 @@ def _multiple_choice(row: Columns, size: ImageSize) -> list[Pair]:
     elif isinstance(answer, int) and 0 <= answer < len(names):
         number = answer
     else:
-        raise DataError(f"answer {answer!r} is none of the {len(names)} choices, nor a letter or number (from 0) of one")
+        raise DataError(
+            f"answer {answer!r} is none of the {len(names)} choices, nor a letter or number (from 0) of one"
+        )
     question = f"{row.text('question')}\n{listed}\nAnswer with the letter of the right choice."
     return [(question, f"{chr(65 + number)}. {names[number]}")]
 

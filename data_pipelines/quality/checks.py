@@ -84,9 +84,7 @@ class SampleChecks:
 
         def add(severity: str, check: str, reason: str) -> None:
             file = self.dataset.shard_name(entry["shard"])
-            found.append(
-                Problem(severity, check, self.dataset.split, row, entry["key"], file, reason, _FIXES[check])
-            )
+            found.append(Problem(severity, check, self.dataset.split, row, entry["key"], file, reason, _FIXES[check]))
 
         try:
             stored = self.dataset.read(row)
@@ -130,9 +128,7 @@ class SampleChecks:
     ) -> Iterator[tuple[str, str, str]]:
         if not self.fast:
             try:
-                encoded = encode_record(
-                    stored.record, layouts, tokenizer, tokens_per_tile=self.rules.tokens_per_tile
-                )
+                encoded = encode_record(stored.record, layouts, tokenizer, tokens_per_tile=self.rules.tokens_per_tile)
             except DataError as error:
                 yield ERROR, "record", str(error)
                 return
@@ -155,15 +151,25 @@ def text_problems(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if message["role"] == "assistant":
             answers.append(text)
             if not text.rpartition(END)[2].strip():
-                yield "empty_answer", f"message {number}: the answer is empty" + (" behind its trace" if END in text else "")
+                yield (
+                    "empty_answer",
+                    f"message {number}: the answer is empty" + (" behind its trace" if END in text else ""),
+                )
             if reason := think_problem(text):
                 yield "think", f"message {number}: {reason}"
         elif message["role"] == "user":
             kinds = [item["type"] for item in items]
             for kind in ("image", "video"):
-                words = sum(item["text"].count(f"<{kind}>") for item in items if item["type"] == "text" and not item.get("literal"))
+                words = sum(
+                    item["text"].count(f"<{kind}>")
+                    for item in items
+                    if item["type"] == "text" and not item.get("literal")
+                )
                 if words and kind not in kinds:
-                    yield "unused_tag", f"message {number}: <{kind}> is only a word here, no {kind} is attached to this message"
+                    yield (
+                        "unused_tag",
+                        f"message {number}: <{kind}> is only a word here, no {kind} is attached to this message",
+                    )
     if len(answers) > 1 and len(set(answers)) < len(answers):
         yield "repeated_answer", f"{len(answers) - len(set(answers))} of {len(answers)} answers repeat an earlier one"
 

@@ -1,12 +1,12 @@
 """Samples set aside: out of the manifest, so out of every plan, and back again without a trace.
 
     FOLDER/SPLIT.parquet              rows that are planned
-    FOLDER/SPLIT.quarantine.parquet   rows set aside; their bytes stay in the shards
-    FOLDER/quarantine.jsonl           why, one line each
+    FOLDER/SPLIT.whole.parquet        the manifest as it was written, while samples are set aside
+    FOLDER/quarantine.jsonl           which samples and why, one line each; their bytes stay in the shards
     FOLDER/rejected.jsonl             rows of the source that were never imported (from `nemovl data import`)
 
-A manifest's hash is part of a run's plan, so a run that is under way refuses to continue after samples were set aside or
-restored; restoring gives the very bytes, and with them the plan, that were there before.
+A manifest's hash is part of a run's plan, so a run that is under way refuses to continue after samples were set aside.
+Restoring them brings back the very bytes, and with them the plan, that were there before.
 """
 
 import json
@@ -46,22 +46,19 @@ def set_aside(folder: Path, split: str, reasons: Mapping[str, str]) -> int:
     Raises:
         DataError: An id that the split does not have, or nothing would be left.
     """
-    planned, aside = _tables(folder, split)
+    whole = _whole(folder, split)
     lines = _lines(folder)
-    known = set(aside["key"].to_pylist())
+    known = _keys(lines, split)
     wanted = [key for key in reasons if key not in known]
     if not wanted:
         return 0
-    mask = pc.is_in(planned["key"], value_set=pa.array(wanted, pa.string()))
-    taken = planned.filter(mask)
-    missing = sorted(set(wanted) - set(taken["key"].to_pylist()))
-    if missing:
+    if missing := sorted(set(wanted) - set(whole["key"].to_pylist())):
         raise DataError(f"{folder} has no sample {missing[0]!r} in split {split!r}")
-    if len(taken) == len(planned):
+    if len(known) + len(wanted) == len(whole):
         raise DataError(f"every sample of split {split!r} would be set aside; repair the source and import again")
     lines += [{"split": split, "key": key, "reason": reasons[key]} for key in wanted]
-    _write(folder, split, planned.filter(pc.invert(mask)), pa.concat_tables([aside, taken]), lines)
-    return len(taken)
+    _write(folder, split, whole, lines)
+    return len(wanted)
 
 
 def restore(folder: Path, split: str, keys: Sequence[str] | None = None) -> int:
@@ -73,17 +70,17 @@ def restore(folder: Path, split: str, keys: Sequence[str] | None = None) -> int:
     Raises:
         DataError: An id that is not set aside.
     """
-    planned, aside = _tables(folder, split)
-    wanted = aside["key"].to_pylist() if keys is None else list(keys)
-    if missing := sorted(set(wanted) - set(aside["key"].to_pylist())):
-        raise DataError(f"sample {missing[0]!r} of split {split!r} is not set aside; see: nemovl data quarantine list {folder}")
-    if not wanted:
-        return 0
-    mask = pc.is_in(aside["key"], value_set=pa.array(wanted, pa.string()))
-    lines = [line for line in _lines(folder) if not (line["split"] == split and line["key"] in wanted)]
-    whole = pa.concat_tables([planned, aside.filter(mask)])
-    _write(folder, split, whole, aside.filter(pc.invert(mask)), lines)
-    return len(set(wanted))
+    whole = _whole(folder, split)
+    lines = _lines(folder)
+    known = _keys(lines, split)
+    wanted = known if keys is None else set(keys)
+    if missing := sorted(wanted - known):
+        raise DataError(
+            f"sample {missing[0]!r} of split {split!r} is not set aside; see: nemovl data quarantine list {folder}"
+        )
+    if wanted:
+        _write(folder, split, whole, [li for li in lines if li["split"] != split or li["key"] not in wanted])
+    return len(wanted)
 
 
 def listing(folder: Path) -> list[dict[str, Any]]:
@@ -114,26 +111,39 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def _tables(folder: Path, split: str) -> tuple[pa.Table, pa.Table]:
+def _keys(lines: list[dict[str, Any]], split: str) -> set[str]:
+    return {line["key"] for line in lines if line["split"] == split}
+
+
+def _whole(folder: Path, split: str) -> pa.Table:
+    """The manifest as it was written."""
     _finish(folder)
     info = read_info(folder)
     if split not in info["splits"]:
         raise DataError(f"{folder} has no split {split!r}; it has {', '.join(sorted(info['splits']))}")
-    aside = folder / f"{split}.quarantine.parquet"
-    empty = MANIFEST_SCHEMA.empty_table()
-    return pq.read_table(folder / f"{split}.parquet"), pq.read_table(aside) if aside.exists() else empty
+    return pq.read_table(_original(folder, split))
 
 
-def _write(folder: Path, split: str, planned: pa.Table, aside: pa.Table, lines: list[dict[str, Any]]) -> None:
+def _original(folder: Path, split: str) -> Path:
+    kept = folder / f"{split}.whole.parquet"
+    return kept if kept.exists() else folder / f"{split}.parquet"
+
+
+def _write(folder: Path, split: str, whole: pa.Table, lines: list[dict[str, Any]]) -> None:
     """Write the new files beside the old and move them in; the move is finished by the next call if it is cut short."""
     work = folder / f"{_PENDING}.partial"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
-    # The order in which samples were written, whatever was taken out and put back since.
-    planned = planned.sort_by([("shard", "ascending"), ("json_offset", "ascending")])
+    aside = _keys(lines, split)
     manifest = work / f"{split}.parquet"
-    pq.write_table(planned.cast(MANIFEST_SCHEMA), manifest, compression="zstd", row_group_size=_GROUP_ROWS)
-    pq.write_table(aside.cast(MANIFEST_SCHEMA), work / f"{split}.quarantine.parquet", compression="zstd")
+    shutil.copyfile(_original(folder, split), work / f"{split}.whole.parquet")
+    planned = whole
+    if aside:
+        planned = whole.filter(pc.invert(pc.is_in(whole["key"], value_set=pa.array(sorted(aside), pa.string()))))
+        pq.write_table(planned.cast(MANIFEST_SCHEMA), manifest, compression="zstd", row_group_size=_GROUP_ROWS)
+    else:
+        # Not written anew: the very bytes, so that the plan of a run is what it was.
+        shutil.copyfile(_original(folder, split), manifest)
     write_synced(work / REASONS, "".join(json.dumps(line) + "\n" for line in lines).encode())
     info = read_info(folder)
     entry = info["splits"][split]

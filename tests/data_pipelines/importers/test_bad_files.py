@@ -1,4 +1,4 @@
-"""A zoo of bad and hostile files: each ends as a rejected row or a refusal, and nothing outside the source is touched."""
+"""A zoo of bad and hostile files: each ends as a rejected row or a refusal, nothing outside the source is touched."""
 
 import io
 import json
@@ -59,7 +59,10 @@ def zoo(tmp_path, picture, clip):
         "svg.png": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "not a readable image"),
         "noise.mp4": (np.random.default_rng(0).bytes(5000), "video cannot be opened"),
         "cut.mp4": (video[: len(video) // 2], "has no video stream"),
-        "playlist.mp4": (b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile:///etc/hostname\n#EXT-X-ENDLIST\n", "cannot be opened"),
+        "playlist.mp4": (
+            b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile:///etc/hostname\n#EXT-X-ENDLIST\n",
+            "cannot be opened",
+        ),
         "concat.mp4": (b"ffconcat version 1.0\nfile /etc/hostname\n", "cannot be opened"),
         "photo.mp4": (photo, "video cannot be opened"),
         "none.mp4": (b"", "video cannot be opened"),
@@ -121,12 +124,15 @@ def test_every_animal_is_rejected_by_its_own_reason(zoo, lines, bring, imported,
         (b"[" * 100000 + b"]" * 100000, "nested too deeply"),
         (b'{"question": "q", "answer": "\\ud800"}', "not valid Unicode"),
         (b'{"id": 5, "messages": [{"role": "user", "content": "q"}]}', "last message must be"),
-        (b'{"messages": [{"role": "user", "content": [{"type": "video", "video": "v.mp4", "metadata": {"video_fps": 1e999}}'
+        (b'{"messages": [{"role": "user", "content": [{"type": "video", "video": "v.mp4",'
+         b' "metadata": {"video_fps": 1e999}}'
          b']}, {"role": "assistant", "content": "a"}]}', "'v.mp4' is not in"),
     ],
 )  # fmt: skip
 def test_bad_lines(tmp_path, bring, imported, rejected, line, reason):
-    (tmp_path / "metadata.jsonl").write_bytes(b'{"question": "q", "answer": "a"}\n' + line + b'\n\n{"question": "q", "answer": "b"}')
+    (tmp_path / "metadata.jsonl").write_bytes(
+        b'{"question": "q", "answer": "a"}\n' + line + b'\n\n{"question": "q", "answer": "b"}'
+    )
     result = bring(tmp_path / "metadata.jsonl", max_bad=0.5)
     assert result["splits"]["train"]["samples"] == 2
     (found,) = rejected()
@@ -147,17 +153,23 @@ def test_a_line_of_300_mb_costs_no_memory(tmp_path, tokenizer_folder):
         from data_pipelines.importers.job import ImportOptions, run_import
         from data_pipelines.media.rules import RenderRules
         import data_pipelines.importers.work
-        rules = RenderRules(template="nano_v2_vl", tile_size=64, max_tiles=4, use_thumbnail=True, video_fps=2.0, max_frames=8)
+        rules = RenderRules(
+            template="nano_v2_vl", tile_size=64, max_tiles=4, use_thumbnail=True, video_fps=2.0, max_frames=8)
         folder = Path({str(tmp_path)!r})
         # Pages of a mapped file are not the process's own, so the limit is on what it may allocate beyond what it has.
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         limit = int(status["VmData"].split()[0]) * 1024 + 250 * 2**20
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-        result = run_import(ImportOptions(source=folder / "rows.jsonl", out=folder / "out", tokenizer=Path({str(tokenizer_folder)!r}), rules=rules, max_bad=0.5))
+        tokenizer = Path({str(tokenizer_folder)!r})
+        result = run_import(ImportOptions(
+            source=folder / "rows.jsonl", out=folder / "out", tokenizer=tokenizer, rules=rules, max_bad=0.5))
         print(result["splits"]["train"]["samples"], result["rejected"])
     """
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.stdout.strip() == "2 {'read': 1}", done.stderr[-2000:]
 
@@ -240,6 +252,6 @@ def test_csv_that_is_not_a_table(tmp_path, bring, rejected):
     (tmp_path / "metadata.csv").write_bytes(b'question,answer\nq,a\nq,"open\nq,a\n')
     bring(tmp_path / "metadata.csv", max_bad=0.5)
     assert "cannot be read on" in rejected()[0]["message"]
-    (tmp_path / "metadata.csv").write_bytes(b"question,answer\nq,a\nq,caf\xe9\nq,b\n")
+    (tmp_path / "metadata.csv").write_bytes(b"question,answer\nq,a\nq,na\xefve\nq,b\n")
     assert bring(tmp_path / "metadata.csv", tmp_path / "second", max_bad=0.5)["splits"]["train"]["samples"] == 2
     assert "save the table as UTF-8" in rejected(tmp_path / "second")[0]["message"]

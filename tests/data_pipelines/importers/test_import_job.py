@@ -90,15 +90,17 @@ def test_publishing_may_stop_anywhere(tmp_path, source, bring, monkeypatch):
 
 @pytest.mark.slow
 def test_killed_at_random_moments(tmp_path, source, tokenizer_folder, bring):
-    command = [sys.executable, "-m", "nemovl_train.cli", "data", "import", str(source), "--format", "folder", "--tokenizer",
-               str(tokenizer_folder), "--tile-size", "64", "--max-tiles", "4", "--max-frames", "8", "--name", "same", "--max-bad", "0.1",
-               "--workers", "2"]  # fmt: skip
+    rules = ["--tokenizer", str(tokenizer_folder), "--tile-size", "64", "--max-tiles", "4", "--max-frames", "8"]
+    command = [sys.executable, "-m", "nemovl_train.cli", "data", "import", str(source), "--format", "folder"]
+    command += [*rules, "--name", "same", "--max-bad", "0.1", "--workers", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([*command, "--out", str(tmp_path / "whole")], check=True, env=environment)
     rng = random.Random(3)
     killed = 0
     while True:
-        process = subprocess.Popen([*command, "--out", str(tmp_path / "killed")], env=environment, start_new_session=True)
+        process = subprocess.Popen(
+            [*command, "--out", str(tmp_path / "killed")], env=environment, start_new_session=True
+        )
         try:
             assert process.wait(rng.uniform(2.5, 6.5)) == 0
             break
@@ -120,10 +122,10 @@ def _alive(session: int) -> bool:
 
 
 def test_another_import_is_not_continued_by_mistake(tmp_path, source, bring):
-    with pytest.raises(DataError, match="3 of 120 rows cannot be used.*missing.jpg") as caught:
+    with pytest.raises(DataError, match=r"3 of 120 rows cannot be used.*missing.jpg") as caught:
         bring(source, format="folder")
     assert "--max-bad 0.03" in str(caught.value)
-    with pytest.raises(DataError, match="unfinished import with other ids; .* --restart"):
+    with pytest.raises(DataError, match=r"unfinished import with other ids; .* --restart"):
         bring(source, format="folder", ids="position")
     assert bring(source, format="folder", ids="position", restart=True, max_bad=0.03)["rows"] == 120
 
@@ -167,7 +169,7 @@ def test_a_worker_that_dies_is_said(tmp_path, source, bring, monkeypatch):
     original = job.WorkOptions
     gone = tmp_path / "gone"
     monkeypatch.setattr(job, "WorkOptions", lambda **options: original(**{**options, "tokenizer": gone}))
-    with pytest.raises(DataError, match="a worker was killed .* finished parts are kept"):
+    with pytest.raises(DataError, match=r"a worker was killed .* finished parts are kept"):
         bring(source, format="folder", workers=2)
 
 
@@ -185,7 +187,7 @@ def test_json_is_cut_into_whole_records(tmp_path):
                 for span in json_ranges.record_spans(data, r.start, r.stop, as_list=name == "list.json")
             ]  # fmt: skip
             assert [json.loads(data[a:b]) for a, b in spans] == rows
-            assert [r.first for r in ranges][0] == 0
+            assert next(r.first for r in ranges) == 0
             assert len(ranges) == (15 if limits == {"rows": 7} else 1 if not limits else len(ranges))
     (tmp_path / "empty.jsonl").write_text("")
     assert unit_ranges(tmp_path / "empty.jsonl") == []

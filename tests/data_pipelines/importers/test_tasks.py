@@ -5,7 +5,7 @@ import json
 import pytest
 
 from data_pipelines.exceptions import DataError
-from data_pipelines.importers.tasks import ColumnOptions, choose_task, Columns, draft_of_columns
+from data_pipelines.importers.tasks import ColumnOptions, Columns, choose_task, draft_of_columns
 
 
 def pairs(values, size=(200, 100), **options):
@@ -26,7 +26,10 @@ def test_vqa():
     assert pairs({"question": "q", "answer": True}) == [("q", "yes")]
     assert pairs({"question": "q", "answer": 3.5}) == [("q", "3.5")]
     assert pairs({"frage": "q", "antwort": "a"}, columns={"question": "frage", "answer": "antwort"}) == [("q", "a")]
-    assert media({"images": ["a.png", "b.png"], "question": "q", "answer": "a"}) == [("image", "a.png"), ("image", "b.png")]
+    assert media({"images": ["a.png", "b.png"], "question": "q", "answer": "a"}) == [
+        ("image", "a.png"),
+        ("image", "b.png"),
+    ]
     assert media({"video": "v.mp4", "question": "q", "answer": "a"}) == [("video", "v.mp4")]
 
 
@@ -48,7 +51,11 @@ def test_boxes_are_thousandths_of_the_image():
 
 
 def test_boxes_of_one_label_are_one_answer():
-    row = {"image": "a.png", "labels": ["cat", "dog", "cat"], "boxes": [[0, 0, 20, 10], [0, 0, 200, 100], [20, 0, 40, 10]]}
+    row = {
+        "image": "a.png",
+        "labels": ["cat", "dog", "cat"],
+        "boxes": [[0, 0, 20, 10], [0, 0, 200, 100], [20, 0, 40, 10]],
+    }
     (cat_question, cats), (_, dog) = pairs(row, task="grounding")
     assert "cat" in cat_question
     assert json.loads(cats) == [[0, 0, 100, 100], [100, 0, 200, 100]]
@@ -105,7 +112,7 @@ def test_wordings_vary_by_key_and_stay_the_same():
 
 def test_task_follows_from_columns():
     def chosen(*names):
-        return choose_task(Columns(dict.fromkeys(names, ["x"]), ColumnOptions(columns={}), "k"))
+        return choose_task(Columns({key: ["x"] for key in names}, ColumnOptions(columns={}), "k"))
 
     assert chosen("question", "answer", "choices") == "multiple_choice"
     assert chosen("image", "question", "answer", "caption") == "vqa"
