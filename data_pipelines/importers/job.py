@@ -43,6 +43,7 @@ IMPORT_VERSION = 1
 ID_MODES = ("source", "position")
 BOX_UNITS = ("pixel", "unit", "thousand")
 _EARLY_ROWS = 1000
+_CHEAP_ROWS = 10_000
 _PROGRESS_SECONDS = 5.0
 
 logger = logging.getLogger(__name__)
@@ -193,11 +194,15 @@ def _claim(folder: Path, options: ImportOptions, source: Path, format_name: str,
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     if found is not None and found != job:
         changed = [key for key in job if found.get(key) != job[key]]
-        if not options.restart:
+        done = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob(f"units/*/{work.UNIT_FILE}")]
+        rows = sum(part["counts"]["samples"] + part["rejected"] for part in done)
+        # Parts of a source that has changed are of no use; small ones are not worth a question.
+        if not (options.restart or "files" in changed or rows < _CHEAP_ROWS):
             raise DataError(
-                f"{folder} holds an unfinished import with other {', '.join(changed)}; type that command again, or add "
-                "--restart to throw its parts away"
+                f"{folder} holds an unfinished import of {rows} rows with other {', '.join(changed)}; type that "
+                "command again, or add --restart to throw its parts away"
             )
+        logger.info("%s changed since the last try: starting again", ", ".join(changed))
         for name in ("units", "final"):
             shutil.rmtree(folder / name, ignore_errors=True)
         for old in folder.glob("members.*"):

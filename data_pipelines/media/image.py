@@ -113,10 +113,9 @@ def _open(data: bytes) -> Image.Image:
     if image.width * image.height > MAX_PIXELS:
         raise DataError(f"image of {image.width}x{image.height} pixels is larger than {MAX_PIXELS} pixels")
     # Not MPO: a phone's JPEG that carries a second picture, of which the first is the photo.
-    if image.format in ("PNG", "WEBP") and getattr(image, "n_frames", 1) > 1:
-        raise DataError(
-            f"animated {image.format} with {image.n_frames} frames; attach it as a video, or save one frame"
-        )
+    frames = int(getattr(image, "n_frames", 1))
+    if image.format in ("PNG", "WEBP") and frames > 1:
+        raise DataError(f"animated {image.format} with {frames} frames; attach it as a video, or save one frame")
     return image
 
 

@@ -121,13 +121,22 @@ def _alive(session: int) -> bool:
     return bool(found.split())
 
 
-def test_another_import_is_not_continued_by_mistake(tmp_path, source, bring):
+def test_another_import_is_not_continued_by_mistake(tmp_path, source, bring, monkeypatch):
     with pytest.raises(DataError, match=r"3 of 120 rows cannot be used.*missing.jpg") as caught:
         bring(source, format="folder")
     assert "--max-bad 0.03" in str(caught.value)
-    with pytest.raises(DataError, match=r"unfinished import with other ids; .* --restart"):
+    monkeypatch.setattr(job, "_CHEAP_ROWS", 100)
+    with pytest.raises(DataError, match=r"unfinished import of 120 rows with other ids; .* --restart"):
         bring(source, format="folder", ids="position")
     assert bring(source, format="folder", ids="position", restart=True, max_bad=0.03)["rows"] == 120
+
+
+def test_a_repaired_source_starts_again_by_itself(tmp_path, source, bring):
+    with pytest.raises(DataError, match=r"missing\.jpg"):
+        bring(source, format="folder")
+    for path in source.glob("*.jsonl"):
+        path.write_text(path.read_text().replace("missing.jpg", "1.jpg"))
+    assert bring(source, format="folder")["splits"]["train"]["samples"] == 120
 
 
 def test_a_second_import_at_the_same_time_is_refused(tmp_path, source, bring):
