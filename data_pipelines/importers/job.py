@@ -194,8 +194,8 @@ def _claim(folder: Path, options: ImportOptions, source: Path, format_name: str,
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     if found is not None and found != job:
         changed = [key for key in job if found.get(key) != job[key]]
-        done = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob(f"units/*/{work.UNIT_FILE}")]
-        rows = sum(part["counts"]["samples"] + part["rejected"] for part in done)
+        parts = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob(f"units/*/{work.UNIT_FILE}")]
+        rows = sum(part["counts"]["samples"] + part["rejected"] for part in parts)
         # Parts of a source that has changed are of no use; small ones are not worth a question.
         if not (options.restart or "files" in changed or rows < _CHEAP_ROWS):
             raise DataError(
