@@ -150,9 +150,10 @@ def _detect(source: Path) -> str:
     if suffixes[".parquet"]:
         return "hf"
     # Another tool's settings may lie beside its shards as JSON, but hold no record.
-    records = [path for path in files_with(source, JSON_SUFFIXES) if _first_record(path) is not None]
-    if any(suffixes[suffix] for suffix in JSON_SUFFIXES) and records:
-        return _conversation_format(records[0])
+    if any(suffixes[suffix] for suffix in JSON_SUFFIXES):
+        found = (record for path in files_with(source, JSON_SUFFIXES) if (record := _first_record(path)) is not None)
+        if (record := next(found, None)) is not None:
+            return _conversation_format(record)
     if suffixes[".tar"]:
         return "webdataset"
     if suffixes[".csv"] or suffixes[".tsv"]:
@@ -170,8 +171,7 @@ class _Anything(tuple[str, ...]):
         return True
 
 
-def _conversation_format(path: Path) -> str:
-    record = _first_record(path) or {}
+def _conversation_format(record: dict[str, Any]) -> str:
     kind = has_conversation(record)
     if kind == "messages":
         beside = {"images", "videos"} & set(record)

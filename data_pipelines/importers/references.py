@@ -60,7 +60,7 @@ class MediaFinder:
                 f"{kind} {reference[:120]!r} is a URL; nothing is fetched during an import: download it, write its "
                 "file name in the row, and name the folder with --media-root"
             )
-        if self.index is not None and (data := self.index.read(reference, MAX_BYTES[kind])) is not None:
+        if self.index is not None and (data := self.index.read(reference, folder, MAX_BYTES[kind])) is not None:
             return data
         return self._read_file(reference, kind, folder)
 

@@ -32,27 +32,37 @@ class TarIndex:
             work = path.with_suffix(".tmp")
             work.unlink(missing_ok=True)
             with sqlite3.connect(work) as base:
-                base.execute("CREATE TABLE member (name TEXT PRIMARY KEY, tar TEXT, start INT, size INT) WITHOUT ROWID")
+                columns = "name TEXT, tar TEXT, start INT, size INT, PRIMARY KEY (name, tar)"
+                base.execute(f"CREATE TABLE member ({columns}) WITHOUT ROWID")
                 for tar in tars:
                     base.executemany("INSERT OR IGNORE INTO member VALUES (?, ?, ?, ?)", _members(tar, root))
             base.close()
             work.rename(path)
         return cls(path, root)
 
-    def read(self, name: str, limit: int) -> bytes | None:
+    def read(self, name: str, folder: Path, limit: int) -> bytes | None:
         """Bytes of a member, None when there is none of that name.
 
+        Args:
+            name: As a record gives it.
+            folder: Folder of the record's file: of several members of that name, the one in a tar under it is meant.
+            limit: Most bytes that are read.
+
         Raises:
-            DataError: It is larger than `limit` bytes, or cut short.
+            DataError: Several tars may be meant, or the member is larger than `limit`, or cut short.
         """
         if self._base is None:
             self._base = sqlite3.connect(f"file:{self.path}?mode=ro", uri=True)
         plain = name.removeprefix("./")
         names = (plain, plain.removeprefix("media/"))
-        found = self._base.execute("SELECT tar, start, size FROM member WHERE name IN (?, ?)", names).fetchone()
-        if found is None:
+        found = self._base.execute("SELECT tar, start, size FROM member WHERE name IN (?, ?)", names).fetchall()
+        near = [row for row in found if (self.root / row[0]).is_relative_to(folder)]
+        if not found:
             return None
-        tar, start, size = found
+        if len(near or found) > 1:
+            tars = ", ".join(row[0] for row in (near or found)[:3])
+            raise DataError(f"member {name!r} is in several tar files ({tars}); import their folders one by one")
+        tar, start, size = (near or found)[0]
         if size > limit:
             raise DataError(f"member {name!r} of {tar} has {size} bytes, more than the {limit} that are read")
         with open(self.root / tar, "rb") as file:

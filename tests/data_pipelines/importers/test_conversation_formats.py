@@ -54,6 +54,30 @@ def test_nemotron_v2_with_media_tars_and_video_metadata(tmp_path, bring, importe
     assert record["messages"][0]["content"][0]["metadata"] == metadata
 
 
+def test_each_subset_has_its_own_media(tmp_path, bring, imported, picture, lines):
+    """The same name in two subsets is two pictures; the same name twice in one is refused."""
+    photos = {name: picture(20, 20, seed=i) for i, name in enumerate(("one", "two"))}
+    for name, photo in photos.items():
+        media = tmp_path / f"src/{name}/media"
+        media.mkdir(parents=True)
+        write_member(media / "shard_0.tar", "p.png", photo)
+        content = [{"type": "image", "image": "p.png"}, {"type": "text", "text": "q"}]
+        row = {"id": name, "messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "a"}]}
+        lines(tmp_path / f"src/{name}/{name}.jsonl", [row])
+    bring(tmp_path / "src")
+    assert {record["id"]: media["image0.png"] for record, media in imported()} == photos
+    write_member(tmp_path / "src/one/media/shard_1.tar", "p.png", photos["two"])
+    with pytest.raises(DataError, match=r"in several tar files \(one/media/shard_0.tar, one/media/shard_1.tar\)"):
+        bring(tmp_path / "src", tmp_path / "second")
+
+
+def write_member(path, name, data):
+    with tarfile.open(path, "w") as tar:
+        info = tarfile.TarInfo(name)
+        info.size = len(data)
+        tar.addfile(info, BytesIO(data))
+
+
 def test_openai_parts_and_data_urls(tmp_path, bring, imported, picture, lines):
     photo = picture(20, 20)
     url = "data:image/png;base64," + base64.b64encode(photo).decode()
