@@ -43,15 +43,15 @@ def pdf_pages(path: Path, *, dpi: int) -> Iterator[Page]:
     import pypdfium2
 
     if path.stat().st_size > MAX_PDF_BYTES:
-        raise DataError(f"{path} is larger than the {MAX_PDF_BYTES} bytes that are read; split it")
+        raise DataError(f"{path.name} is larger than the {MAX_PDF_BYTES} bytes that are read; split it")
     try:
         with pypdfium2.PdfDocument(path) as document:
             if len(document) > MAX_PAGES:
-                raise DataError(f"{path} has {len(document)} pages, more than {MAX_PAGES}; split it")
+                raise DataError(f"{path.name} has {len(document)} pages, more than {MAX_PAGES}; split it")
             for number in range(len(document)):
                 yield _render(document[number], number, dpi)
     except pypdfium2.PdfiumError as error:
-        raise DataError(f"{path} cannot be rendered: {error}; save it again without a password") from error
+        raise DataError(f"{path.name} cannot be rendered: {error}; save it again without a password") from error
 
 
 def _render(page: Any, number: int, dpi: int) -> Page:

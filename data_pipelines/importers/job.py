@@ -99,7 +99,7 @@ def run_import(options: ImportOptions) -> dict[str, Any]:
     """
     _check(options)
     source, out = Path(os.path.abspath(options.source)), Path(os.path.abspath(options.out))
-    format_name = choose_format(source, options.format)
+    format_name = choose_format(options.source, options.format)
     logger.info("%s: format %s (%s)", options.source, format_name, FORMATS[format_name].about)
     folder = out.with_name(f".{out.name}.importing")
     began = time.monotonic()
@@ -150,6 +150,10 @@ def _check(options: ImportOptions) -> None:
     problems = []
     if options.out.exists():
         problems.append(f"{options.out} exists already; choose another --out, or remove it to import again")
+    if Path(os.path.abspath(options.out)).is_relative_to(os.path.abspath(options.source)):
+        problems.append(
+            f"--out {options.out} lies inside the source, and would become a part of it; choose another place"
+        )
     columns = options.columns
     if columns.task is not None and columns.task not in TASKS:
         problems.append(f"--task {columns.task!r} is not one of {', '.join(TASKS)}")

@@ -73,12 +73,12 @@ class MediaFinder:
             outside |= not inside
             if inside and os.path.lexists(real):
                 return _read_regular(real, reference, kind)
-        roots = ", ".join(str(root) for root in self.roots)
+        # No folder is named: the same source has to give the same list of rejected rows wherever it lies.
         if outside:
             raise DataError(
-                f"{kind} {reference!r} lies outside {roots}; if it is yours, name its folder with --media-root"
+                f"{kind} {reference!r} lies outside the source folder; if it is yours, add its folder: --media-root"
             )
-        raise DataError(f"{kind} {reference!r} is not in {roots}; name the folder it is in with --media-root")
+        raise DataError(f"{kind} {reference!r} is not in the source folder; name the one it is in with --media-root")
 
 
 def _read_regular(path: Path, reference: str, kind: str) -> bytes:

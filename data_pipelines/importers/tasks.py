@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,9 +102,23 @@ class Columns:
             return Counter(texts).most_common(1)[0][0]
         return _plain(value)
 
+    def listed(self, role: str) -> list[Any]:
+        """Value of a role as a list that is not empty; a table may hold it as JSON.
+
+        Raises:
+            DataError: It is something else.
+        """
+        value = self.get(role)
+        if isinstance(value, str):
+            with suppress(ValueError):
+                value = json.loads(value)
+        if not isinstance(value, Sequence) or isinstance(value, str | bytes) or not value:
+            raise DataError(f"'{role}' must be a list, got {value!r:.80}")
+        return list(value)
+
     def _find(self, role: str) -> str | None:
         names = (self.options.columns[role],) if role in self.options.columns else ALIASES[role]
-        return next((n for n in names if self.values.get(n) is not None and self.values[n] != ""), None)
+        return next((n for n in names if self.values.get(n) not in (None, "", [])), None)
 
     def media(self) -> list[dict[str, Any]]:
         """Every image and video of the row as content items, references still open."""
@@ -156,13 +171,7 @@ def _vqa(row: Columns, size: ImageSize) -> list[Pair]:
 
 def _multiple_choice(row: Columns, size: ImageSize) -> list[Pair]:
     del size
-    choices = row.get("choices")
-    if isinstance(choices, str):
-        try:
-            choices = json.loads(choices)
-        except ValueError as error:
-            raise DataError(f"choices must be a list, got {choices!r:.80}") from error
-    names = [_plain(choice) for choice in choices]
+    names = [_plain(choice) for choice in row.listed("choices")]
     answer = row.get("answer")
     listed = "\n".join(f"{chr(65 + i)}. {name}" for i, name in enumerate(names))
     if isinstance(answer, str) and answer in names:
@@ -190,10 +199,8 @@ def _simple(task: str, role: str) -> Callable[[Columns, ImageSize], list[Pair]]:
 
 def _grounding(row: Columns, size: ImageSize) -> list[Pair]:
     role = next((r for r in ("phrase", "label", "caption", "question") if row.has(r)), "phrase")
-    phrases, boxes = as_list(row.get(role)), row.get("box")
-    if isinstance(boxes, str):
-        boxes = json.loads(boxes)
-    if isinstance(boxes, Sequence) and boxes and not isinstance(boxes[0], Sequence):
+    phrases, boxes = as_list(row.get(role)), row.listed("box")
+    if not isinstance(boxes[0], Sequence):
         boxes = [boxes]
     if len(phrases) != len(boxes):
         if len(phrases) != 1:
@@ -214,7 +221,7 @@ def _thousandths(box: Any, frame: tuple[int, int], options: ColumnOptions) -> li
     """Corners of a box in thousandths of the image; frame is (width, height) in pixels."""
     try:
         left, top, right, bottom = (float(value) for value in box)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise DataError(f"box {box!r} is not four numbers") from error
     if options.box_format == "xywh":
         right, bottom = left + right, top + bottom
@@ -238,7 +245,7 @@ def _temporal(row: Columns, size: ImageSize) -> list[Pair]:
 def _span(start: Any, end: Any) -> tuple[str, str]:
     try:
         first, last = float(start), float(end)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise DataError(f"time span {start!r} to {end!r} is not two numbers of seconds") from error
     if not 0 <= first <= last < float("inf"):
         raise DataError(f"time span {first} to {last} is not a span of seconds")
@@ -247,19 +254,14 @@ def _span(start: Any, end: Any) -> tuple[str, str]:
 
 def _dense_caption(row: Columns, size: ImageSize) -> list[Pair]:
     del size
-    segments = row.get("segments")
-    if isinstance(segments, str):
-        segments = json.loads(segments)
     lines = []
-    for number, segment in enumerate(segments):
+    for number, segment in enumerate(row.listed("segments")):
         if not isinstance(segment, Mapping):
             raise DataError(f"segment {number} must be an object with start, end and caption, got {segment!r:.80}")
         part = Columns(segment, row.options, row.key)
         start, end = _span(part.get("start"), part.get("end"))
         role = next((r for r in ("caption", "label", "text", "phrase") if part.has(r)), "caption")
         lines.append((float(start), f"{start} to {end} seconds: {part.text(role)}"))
-    if not lines:
-        raise DataError("no segments")
     lines.sort(key=lambda line: line[0])
     return [(row.prompt("dense_caption"), "\n".join(text for _, text in lines))]
 
@@ -313,6 +315,8 @@ def draft_of_columns(values: Mapping[str, Any], options: ColumnOptions, key: str
     """
     row = Columns(values, options, key)
     pairs = TASKS[options.task or choose_task(row)][1](row, size)
+    if not pairs:
+        raise DataError("the row asks nothing: its list of questions is empty")
     messages: list[dict[str, Any]] = []
     for question, answer in pairs:
         messages.append({"role": "user", "content": [{"type": "text", "text": question}]})

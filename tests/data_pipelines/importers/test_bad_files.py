@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import random
 import resource
 import struct
 import subprocess
@@ -138,6 +139,60 @@ def test_bad_lines(tmp_path, bring, imported, rejected, line, reason):
     (found,) = rejected()
     assert reason in found["message"]
     assert found["where"] == "metadata.jsonl:2"
+
+
+def test_random_rows_end_as_samples_or_as_rejected_rows(tmp_path, bring, lines, picture):
+    """Whatever JSON stands where: every row is accounted for, and a check of ours foresaw what is wrong with it."""
+    rng = random.Random(5)
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src/a.png").write_bytes(picture(8, 8))
+    leaves = [None, True, 0, -1, 10**400, 1e300, "", "a.png", "<image>", "user", "human", "<video>", "x" * 50, [], {}]
+    names = [
+        "messages",
+        "conversations",
+        "texts",
+        "role",
+        "from",
+        "content",
+        "value",
+        "type",
+        "image",
+        "images",
+        "video",
+        "text",
+        "question",
+        "answer",
+        "choices",
+        "boxes",
+        "label",
+        "start",
+        "end",
+        "segments",
+        "caption",
+        "id",
+        "user",
+        "assistant",
+        "metadata",
+        "image_url",
+        "url",
+        "bytes",
+        "path",
+    ]
+
+    def value(depth):
+        kind = rng.random()
+        if depth == 0 or kind < 0.3:
+            return rng.choice(leaves)
+        if kind < 0.6:
+            return [value(depth - 1) for _ in range(rng.randrange(4))]
+        return {rng.choice(names): value(depth - 1) for _ in range(rng.randrange(1, 6))}
+
+    rows = [{"question": "q", "answer": "a"}, *({n: value(3) for n in rng.sample(names, 6)} for _ in range(3000))]
+    lines(tmp_path / "src/metadata.jsonl", rows)
+    result = bring(tmp_path / "src", max_bad=1.0)
+    assert result["splits"]["train"]["samples"] + sum(result["rejected"].values()) == result["rows"] == 3001
+    assert result["splits"]["train"]["samples"] > 20
+    assert set(result["rejected"]) <= {"record", "media", "duplicate_id"}
 
 
 def test_a_line_of_300_mb_costs_no_memory(tmp_path, tokenizer_folder):

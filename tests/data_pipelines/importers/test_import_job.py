@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -48,6 +49,9 @@ def test_any_number_of_workers_gives_the_same_bytes(tmp_path, source, bring):
     for i in range(len(dataset)):
         assert dataset.read(i).record["id"] == dataset.key(i)
     assert not list(tmp_path.glob(".*"))
+    shutil.copytree(source, tmp_path / "elsewhere/copy")
+    bring(tmp_path / "elsewhere/copy", tmp_path / "moved", **options)
+    assert contents(tmp_path / "one") == contents(tmp_path / "moved")
 
 
 def test_an_interrupted_import_continues(tmp_path, source, bring, monkeypatch):
@@ -171,6 +175,11 @@ def test_every_bad_option_at_once(tmp_path, bring):
     for word in ("exists already", "--task", "--column", "--ids", "--box-format", "--box-units", "--limit", "--workers",
                  "--max-bad", "--shard-mib", "--media-root"):  # fmt: skip
         assert word in str(caught.value)
+
+
+def test_a_place_inside_the_source_is_refused(tmp_path, source, bring):
+    with pytest.raises(DataError, match="lies inside the source"):
+        bring(source, source / "out")
 
 
 def test_a_worker_that_dies_is_said(tmp_path, source, bring, monkeypatch):

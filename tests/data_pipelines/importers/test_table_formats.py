@@ -149,5 +149,5 @@ def test_tar_index_survives_odd_members(tmp_path, bring, imported, lines, pictur
     message = [{"type": "image", "image": "secret.png"}, {"type": "text", "text": "q"}]
     rows = [{"id": "x", "messages": [{"role": "user", "content": message}, {"role": "assistant", "content": "a"}]}]
     lines(tmp_path / "src/set.jsonl", rows)
-    with pytest.raises(DataError, match=r"image 'secret.png' is not in"):
+    with pytest.raises(DataError, match=r"image 'secret.png' is not in the source folder"):
         bring(tmp_path / "src")
