@@ -13,7 +13,10 @@ MAX_RECORD_BYTES = 2**26
 
 UNIT_ROWS = 2048
 UNIT_BYTES = 2**25
-_TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{},]', re.DOTALL)
+_STRING = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
+# Up to the next bracket, strings skipped as a whole; between the elements of the list a comma stops as well.
+_INSIDE = re.compile(rb"(?:[^\"\[\]{}]++|" + _STRING + rb")*+([\[\]{}])", re.DOTALL)
+_BETWEEN = re.compile(rb"(?:[^\"\[\]{},]++|" + _STRING + rb")*+([\[\]{},])", re.DOTALL)
 _BLANK = b" \t\r\n"
 
 
@@ -50,18 +53,19 @@ def _line_spans(data: mmap.mmap | bytes, start: int, stop: int) -> Iterator[tupl
 
 def _element_spans(data: mmap.mmap | bytes, start: int, stop: int) -> Iterator[tuple[int, int]]:
     """Elements of a list between its brackets: split at commas of depth 0."""
-    depth, begin = 0, start
-    for match in _TOKEN.finditer(data, start, stop):
-        token = match[0][:1]
-        if token in b"[{":
+    depth, begin, at = 0, start, start
+    while match := (_INSIDE if depth else _BETWEEN).match(data, at, stop):
+        at = match.end()
+        token = match[1]
+        if token == b",":
+            yield begin, at - 1
+            begin = at
+        elif token in b"[{":
             depth += 1
-        elif token in b"]}":
+        else:
             depth -= 1
             if depth < 0:
-                raise DataError(f"not a JSON list: bracket closed too often at byte {match.start()}")
-        elif token == b"," and depth == 0:
-            yield begin, match.start()
-            begin = match.end()
+                raise DataError(f"not a JSON list: bracket closed too often at byte {at - 1}")
     if depth:
         raise DataError("not a JSON list: it ends inside an element; the file may be incomplete")
     if stop - begin > 64 or data[begin:stop].strip(_BLANK):

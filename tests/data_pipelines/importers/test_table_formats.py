@@ -117,6 +117,22 @@ def test_energon_folder(tmp_path, bring, imported, picture, texts):
         bring(tmp_path / "src", tmp_path / "third")
 
 
+def test_crude_energon_samples_are_read_by_their_fields(tmp_path, bring, imported, picture, texts):
+    photo = picture(20, 20)
+    messages = [
+        {"role": "user", "content": [{"type": "image", "image": "png"}, {"type": "text", "text": "q"}]},
+        {"role": "assistant", "content": "a"},
+    ]
+    (tmp_path / "src/.nv-meta").mkdir(parents=True)
+    with webdataset.TarWriter(str(tmp_path / "src/a.tar")) as writer:
+        writer.write({"__key__": "s", "png": photo, "json": {"messages": messages}})
+    (tmp_path / "src/.nv-meta/dataset.yaml").write_text("__module__: megatron.energon\n__class__: CrudeWebdataset\n")
+    (tmp_path / "src/.nv-meta/split.yaml").write_text("split_parts:\n  train: [a.tar]\nexclude: []\n")
+    assert bring(tmp_path / "src")["format"] == "energon"
+    ((record, media),) = imported()
+    assert (texts(record), media) == (["q", "a"], {"image0.png": photo})
+
+
 def test_energon_folder_prepared_by_energon_itself(tmp_path, bring, imported, texts):
     """Made once with `energon prepare --split-ratio 2,1,0 --sample-type VQASample --field-map ...` of version 7.4.1."""
     with tarfile.open(Path(__file__).parent / "energon_prepared.tar.xz") as tar:
