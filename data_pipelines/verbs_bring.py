@@ -42,6 +42,7 @@ def add_import(verbs: Subparsers) -> None:
     parser.add_argument("--box-format", default="xyxy", help="boxes of grounding: xyxy or xywh (default: %(default)s)")
     parser.add_argument("--box-units", default="pixel", help="pixel, unit (0 to 1) or thousand (default: %(default)s)")
     parser.add_argument("--ids", default="source", help="source (a row's own id) or position (default: %(default)s)")
+    parser.add_argument("--think", action="store_true", help="reasoning on (/think) where an answer holds a trace")
     parser.add_argument("--limit", type=int, help="only the first samples of each split")
     parser.add_argument(
         "--max-bad", type=float, default=0.05, help="share of rows that may be left out (default: 0.05)"
@@ -109,6 +110,7 @@ def _run_import(args: argparse.Namespace) -> int:
         media_roots=tuple(args.media_root),
         columns=ColumnOptions(task=args.task, columns=columns, box_format=args.box_format, box_units=args.box_units),
         ids=args.ids,
+        think=args.think,
         limit=args.limit,
         workers=args.workers,
         max_bad=args.max_bad,

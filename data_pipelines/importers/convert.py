@@ -14,6 +14,7 @@ from data_pipelines.media.image import image_size
 from data_pipelines.media.kinds import content_suffix
 from data_pipelines.schema import MEDIA_KINDS, validate_record
 from data_pipelines.shards import Sample
+from data_pipelines.template import reasoning_on
 
 _ID_FIELDS = ("id", "uid", "sample_id", "question_id", "__key__")
 _VIDEO_METADATA = ("video_num_frames", "video_fps", "video_width", "video_height")
@@ -32,12 +33,14 @@ class Converter:
         columns: How plain columns are read.
         finder: Where media are.
         ids: `source` keeps the rows' own ids where they have one, `position` names samples by file and number.
+        think: Turn reasoning on for samples whose answers hold a trace.
     """
 
     format_name: str
     columns: ColumnOptions
     finder: MediaFinder
     ids: str = "source"
+    think: bool = False
 
     def key(self, row: Row) -> str:
         """Id that the sample of a row gets."""
@@ -58,6 +61,8 @@ class Converter:
         key = self.key(row)
         record, media = self._attach(key, self._draft(row, key), row)
         validate_record(record)
+        if self.think:
+            _switch_on(record["messages"])
         return record, media
 
     def _draft(self, row: Row, key: str) -> Draft:
@@ -96,6 +101,16 @@ class Converter:
                 items.append({"type": item["type"], item["type"]: member, **_source(item["ref"]), **_metadata(item)})
             messages.append({"role": message["role"], "content": items})
         return {"id": key, "messages": messages}, media
+
+
+def _switch_on(messages: list[dict[str, Any]]) -> None:
+    """Put `/think` into the system text where an answer has a trace that its prompt does not ask for."""
+    traced = any("</think>" in item["text"] for m in messages if m["role"] == "assistant" for item in m["content"])
+    if not traced or reasoning_on(messages):
+        return
+    if messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": []})
+    messages[0]["content"].append({"type": "text", "text": "/think"})
 
 
 def _source(reference: Any) -> dict[str, str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from data_pipelines.exceptions import DataError
 from data_pipelines.importers.conversations import has_conversation
+from data_pipelines.importers.csv_tables import CSV_SUFFIXES, CsvReader
 from data_pipelines.importers.documents import CODE_SUFFIXES, TEXT_SUFFIXES, PdfReader, TextReader
 from data_pipelines.importers.energon import META, EnergonReader
 from data_pipelines.importers.json_ranges import is_list, map_file, record_spans
@@ -16,7 +17,6 @@ from data_pipelines.importers.parsing import parse_json
 from data_pipelines.importers.rows import Reader
 from data_pipelines.importers.tables import (
     JSON_SUFFIXES,
-    CsvReader,
     JsonReader,
     ParquetReader,
     SavedReader,
@@ -51,7 +51,7 @@ class Format:
 def _json_or_csv(source: Path) -> Reader:
     """The metadata file of a folder of media."""
     if source.is_file():
-        return CsvReader() if source.suffix.lower() in (".csv", ".tsv") else JsonReader()
+        return CsvReader() if source.suffix.lower() in CSV_SUFFIXES else JsonReader()
     if next(source.rglob(METADATA_JSON), None):
         return JsonReader((METADATA_JSON,))
     if next(source.rglob(METADATA_CSV), None):
@@ -156,7 +156,7 @@ def _detect(source: Path) -> str:
             return _conversation_format(record)
     if suffixes[".tar"]:
         return "webdataset"
-    if suffixes[".csv"] or suffixes[".tsv"]:
+    if any(suffixes[suffix] for suffix in CSV_SUFFIXES):
         return "folder"
     for name, wanted in (("pdf", (".pdf",)), ("code", CODE_SUFFIXES), ("text", TEXT_SUFFIXES)):
         if any(suffixes[suffix] for suffix in wanted):

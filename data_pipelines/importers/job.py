@@ -64,6 +64,7 @@ class ImportOptions:
         media_roots: Further folders that media may lie in.
         columns: Task and columns of plain tables.
         ids: `source` keeps the rows' ids, `position` names samples by file and number.
+        think: Turn reasoning on (`/think` in the system text) for samples whose answers hold a trace.
         limit: Only the first samples of each split.
         workers: Processes; 1 works in this one.
         max_bad: Largest share of rejected rows with which a dataset is made.
@@ -81,6 +82,7 @@ class ImportOptions:
     media_roots: tuple[Path, ...] = ()
     columns: ColumnOptions = field(default_factory=lambda: ColumnOptions(columns={}))
     ids: str = "source"
+    think: bool = False
     limit: int | None = None
     workers: int = 1
     max_bad: float = 0.05
@@ -233,6 +235,7 @@ def _identity(options: ImportOptions, source: Path, format_name: str, units: Seq
         "columns": {**asdict(options.columns), "columns": dict(options.columns.columns)},
         "media_roots": [str(Path(os.path.abspath(root))) for root in options.media_roots],
         "ids": options.ids,
+        "think": options.think,
         "limit": options.limit,
         "shard_mib": options.shard_mib,
     }
@@ -257,6 +260,7 @@ def _work_options(options: ImportOptions, source: Path, folder: Path, format_nam
         media_roots=(root, *options.media_roots),
         index=index,
         ids=options.ids,
+        think=options.think,
         rules=options.rules,
         tokenizer=options.tokenizer,
         shard_bytes=int(options.shard_mib * 2**20),

@@ -1,7 +1,5 @@
-"""Rows of JSON, CSV, Parquet files and of folders saved by the `datasets` library."""
+"""Rows of JSON and Parquet files and of folders saved by the `datasets` library."""
 
-import csv
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +22,6 @@ from data_pipelines.importers.parsing import parse_json
 from data_pipelines.importers.rows import Rejected, Row, Unit, position_of, split_of
 
 _BATCH_ROWS = 16
-_ESCAPED = re.compile("[\ud800-\udfff]")
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 
 
@@ -80,42 +77,6 @@ class JsonReader:
                 yield Rejected(where, "", "read", f"not a JSON record: {error}")
                 continue
             yield Row(where, position_of(unit.path, number), values, {}, path.parent)
-
-
-@dataclass(frozen=True)
-class CsvReader:
-    """Comma- or tab-separated tables with a header line."""
-
-    names: tuple[str, ...] = ()
-
-    def units(self, source: Path, split: str | None) -> list[Unit]:
-        """One unit a file: a quoted field may hold line ends, so a table cannot be cut without reading it."""
-        paths = [p for p in files_with(source, (".csv", ".tsv")) if not self.names or p.name in self.names]
-        root = root_of(source)
-        return [Unit(split_of(p.stem, split), p.relative_to(root).as_posix()) for p in paths]
-
-    def rows(self, source: Path, unit: Unit) -> Iterator[Row | Rejected]:
-        """Rows as texts by the names of the header line."""
-        path = root_of(source) / unit.path
-        number = 0
-        try:
-            csv.field_size_limit(MAX_RECORD_BYTES)
-            with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-                table = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
-                for number, values in enumerate(table):
-                    where = f"{unit.path}:{table.line_num}"
-                    if None in values or None in values.values():
-                        count = len(table.fieldnames or ())
-                        yield Rejected(where, "", "read", f"has not as many fields as the header line ({count})")
-                        continue
-                    if any(not value.isascii() and _ESCAPED.search(value) for value in values.values()):
-                        yield Rejected(where, "", "read", "is not UTF-8; save the table as UTF-8")
-                        continue
-                    yield Row(where, position_of(unit.path, number), values, {}, path.parent)
-        except (csv.Error, ValueError) as error:
-            yield Rejected(
-                f"{unit.path}:{number + 2}", "", "read", f"the table ends here, it cannot be read on: {error}"
-            )
 
 
 class ParquetReader:

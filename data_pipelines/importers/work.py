@@ -42,6 +42,7 @@ class WorkOptions:
         media_roots: Folders that media may lie in.
         index: SQLite file with the members of media tars, if there are any.
         ids: Where sample ids come from.
+        think: Turn reasoning on for samples whose answers hold a trace.
         rules: Prompt and tile rules.
         tokenizer: Folder of the tokenizer.
         shard_bytes: Size at which a shard is closed.
@@ -54,6 +55,7 @@ class WorkOptions:
     media_roots: tuple[Path, ...]
     index: Path | None
     ids: str
+    think: bool
     rules: RenderRules
     tokenizer: Path
     shard_bytes: int
@@ -100,8 +102,9 @@ class Worker:
         spec = FORMATS[options.format_name]
         self.reader = spec.reader(options.source)
         task = columns.task or spec.task
+        finder = MediaFinder(options.media_roots, index)
         self.converter = Converter(
-            options.format_name, replace(columns, task=task), MediaFinder(options.media_roots, index), options.ids
+            options.format_name, replace(columns, task=task), finder, options.ids, think=options.think
         )
         self.tokenizer = TextTokenizer(options.tokenizer)
 

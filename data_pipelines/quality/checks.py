@@ -13,7 +13,7 @@ from data_pipelines.pack import media_tiles
 from data_pipelines.plan import shrink_sample
 from data_pipelines.schema import content_items, media_items, validate_record
 from data_pipelines.shards import Dataset, StoredSample
-from data_pipelines.template import encode_record
+from data_pipelines.template import encode_record, reasoning_on
 from data_pipelines.tokenizer import TextTokenizer
 
 ERROR, WARNING = "error", "warning"
@@ -28,6 +28,7 @@ _FIXES = {
     "too_long": "shorten the text, or train with a larger data.seq_length; as it is, the plan leaves the sample out",
     "empty_answer": "write an answer, or leave the row out",
     "think": "close every <think> with one </think>, in this order, and write the answer behind it",
+    "think_off": "import with --think, or write /think into the system or user text",
     "unused_tag": "attach the medium that the tag stands for, or take the tag out",
     "repeated_answer": "check that the turns were not doubled by a conversion",
     "duplicate": "keep one of them",
@@ -145,7 +146,8 @@ class SampleChecks:
 def text_problems(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """(check, reason) of what looks wrong in the texts of a valid record."""
     answers = []
-    for number, message in enumerate(record["messages"]):
+    messages = record["messages"]
+    for number, message in enumerate(messages):
         items = content_items(message)
         text = "".join(item["text"] for item in items if item["type"] == "text")
         if message["role"] == "assistant":
@@ -157,6 +159,12 @@ def text_problems(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
                 )
             if reason := think_problem(text):
                 yield "think", f"message {number}: {reason}"
+            elif (
+                text.partition(END)[0].replace(START, "").strip()
+                and END in text
+                and not reasoning_on(messages[:number])
+            ):
+                yield "think_off", f"message {number}: the answer holds a trace, but its prompt has reasoning off"
         elif message["role"] == "user":
             kinds = [item["type"] for item in items]
             for kind in ("image", "video"):

@@ -78,6 +78,20 @@ def write_member(path, name, data):
         tar.addfile(info, BytesIO(data))
 
 
+def test_reasoning_is_turned_on_where_there_is_a_trace(tmp_path, bring, imported, lines, texts):
+    traced = "<think>\nwhy</think>because"
+    rows = [
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": traced}]},
+        {"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "q"},
+                      {"role": "assistant", "content": traced}]},
+        {"messages": [{"role": "user", "content": "q /think"}, {"role": "assistant", "content": traced}]},
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "plain"}]},
+    ]  # fmt: skip
+    lines(tmp_path / "chat.jsonl", rows)
+    bring(tmp_path / "chat.jsonl", think=True)
+    assert [texts(record)[:-1] for record, _ in imported()] == [["/think", "q"], ["S/think", "q"], ["q /think"], ["q"]]
+
+
 def test_openai_parts_and_data_urls(tmp_path, bring, imported, picture, lines):
     photo = picture(20, 20)
     url = "data:image/png;base64," + base64.b64encode(photo).decode()

@@ -1,5 +1,6 @@
 """Tables and the layouts that other tools write: what they stored is what is imported."""
 
+import csv
 import json
 import tarfile
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import webdataset
 
 from data_pipelines.exceptions import DataError
+from data_pipelines.importers.csv_tables import CsvReader
 from data_pipelines.importers.tables import ParquetReader
 from data_pipelines.media.image import decode_image
 
@@ -153,7 +155,32 @@ def test_csv_metadata(tmp_path, bring, imported, picture, rejected, texts):
     (tmp_path / "src/metadata.csv").write_text(table, newline="")
     assert bring(tmp_path / "src", max_bad=0.5)["format"] == "folder"
     assert [texts(record) for record, _ in imported()] == [["two\nlines, one field", "yes"], ['n "o"?', "no"]]
-    assert "not as many fields" in rejected()[0]["message"]
+    assert rejected()[0]["message"] == "has 2 fields where the header line has 3"
+    assert rejected()[0]["where"] == "metadata.csv:3"
+
+
+def test_long_tables_are_cut_between_rows(tmp_path, bring, imported, texts):
+    """Quoted line ends, quotes inside of words, a byte order mark: cut where the csv module itself sees a row end."""
+    rows = [(f'line {i}\n"second", line' if i % 3 else f'5" disk {i}', f"a{i}") for i in range(5000)]
+    path = tmp_path / "table.tsv"
+    with path.open("w", encoding="utf-8-sig", newline="") as file:
+        writer = csv.writer(file, delimiter="\t")
+        writer.writerow(("question", "answer"))
+        for row in rows:
+            if row[0].startswith("5"):
+                file.write("\t".join(row) + "\r\n")  # the csv module would quote what may stand bare
+            else:
+                writer.writerow(row)
+    units = CsvReader().units(path, None)
+    assert [unit.first for unit in units] == [0, 2048, 4096]
+    assert [(u.start, v.stop) for u, v in zip(units[1:], units, strict=False)] == [
+        (u.start, u.start) for u in units[1:]
+    ]
+    bring(path)
+    assert [tuple(texts(record)) for record, _ in imported()] == rows
+    (tmp_path / "twice.csv").write_text("question,answer,answer\nq,a,b\n")
+    with pytest.raises(DataError, match="two columns 'answer'"):
+        bring(tmp_path / "twice.csv", tmp_path / "second")
 
 
 def test_tar_index_survives_odd_members(tmp_path, bring, imported, lines, picture):

@@ -123,7 +123,10 @@ def test_think_tags(answer, problem):
 
 
 def test_text_problems(record):
-    assert next(iter(text_problems(record("a", "q", "<think>x</think>"))))[0] == "empty_answer"
+    assert next(iter(text_problems(record("a", "/think q", "<think>x</think>"))))[0] == "empty_answer"
+    assert [c for c, _ in text_problems(record("a", "q", "<think>\nx</think>y"))] == ["think_off"]
+    for question, answer in (("/think q", "<think>\nx</think>y"), ("q", "<think></think>y"), ("q", "y")):
+        assert list(text_problems(record("a", question, answer))) == []
     assert list(text_problems(record("a", "<image> word", "a", literal=True))) == []
     assert list(text_problems(record("a", "<image>", "a", images=1))) == []
     turns = record("a", "q", "yes")
