@@ -5,6 +5,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+from data_pipelines import verbs_bring, verbs_look
+
+_VERBS = (
+    verbs_bring.add_import,
+    verbs_look.add_validate,
+    verbs_look.add_stats,
+    verbs_look.add_show,
+    verbs_look.add_quarantine,
+    verbs_bring.add_frames,
+    verbs_bring.add_render_pdf,
+)
+"""Parsers, in the order of --help."""
+
 type Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 
@@ -29,6 +42,8 @@ def add_data_commands(subparsers: Subparsers) -> Subparsers:
     demo.add_argument("--scale", type=float, default=1.0, help="factor on the sample counts (default: %(default)s)")
     demo.add_argument("--json", action="store_true", help="print the result as JSON")
     demo.set_defaults(run=_run_make_demo)
+    for add_verb in _VERBS:
+        add_verb(verbs)
     return verbs
 
 

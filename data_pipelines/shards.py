@@ -96,18 +96,10 @@ def write_dataset(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         counts = {
-            split: _SplitWriter(partial, split, rules, text_tokenizer, int(shard_mib * 2**20)).write(samples)
+            split: SplitWriter(partial, split, rules, text_tokenizer, int(shard_mib * 2**20)).write(samples)
             for split, samples in splits.items()
         }
-        info = {
-            "format_version": FORMAT_VERSION,
-            "name": name,
-            "rules": asdict(rules),
-            "tokenizer_sha256": text_tokenizer.digest(),
-            "rules_sha256": rules.digest(text_tokenizer.digest()),
-            "splits": counts,
-        }
-        _write_synced(partial / "dataset.json", (json.dumps(info, indent=2, sort_keys=True) + "\n").encode())
+        write_info(partial, dataset_info(name, rules, text_tokenizer, counts))
         partial.rename(out)
     except OSError as error:
         reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
@@ -117,31 +109,73 @@ def write_dataset(
     return out
 
 
-def _write_synced(path: Path, data: bytes) -> None:
+def dataset_info(
+    name: str, rules: RenderRules, tokenizer: TextTokenizer, splits: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Content of `dataset.json`; `splits` holds what `SplitWriter` returned for each."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "name": name,
+        "rules": asdict(rules),
+        "tokenizer_sha256": tokenizer.digest(),
+        "rules_sha256": rules.digest(tokenizer.digest()),
+        "splits": splits,
+    }
+
+
+def write_info(folder: Path, info: Mapping[str, Any]) -> None:
+    """Write `dataset.json`, the same bytes for the same content."""
+    write_synced(folder / "dataset.json", (json.dumps(info, indent=2, sort_keys=True) + "\n").encode())
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a file and wait until the disk has it."""
     with path.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
 
 
-class _SplitWriter:
-    """Writes the shards and the manifest of one split."""
+class SplitWriter:
+    """Writes the shards and the manifest of one split.
 
-    def __init__(self, folder: Path, split: str, rules: RenderRules, tokenizer: TextTokenizer, shard_bytes: int):
+    Args:
+        folder: Where to.
+        split: Name of the split, with which the file names start.
+        rules: Prompt and tile rules.
+        tokenizer: Counts tokens.
+        shard_bytes: A shard is closed once it holds as much.
+        key_prefix: Put before the row number in the names of tar members.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        rules: RenderRules,
+        tokenizer: TextTokenizer,
+        shard_bytes: int,
+        *,
+        key_prefix: str = "",
+    ) -> None:
         self.folder, self.split, self.rules, self.tokenizer = folder, split, rules, tokenizer
-        self.shard_bytes = shard_bytes
+        self.shard_bytes, self.key_prefix = shard_bytes, key_prefix
         self.shards: list[dict[str, Any]] = []
         self.counts = {"samples": 0, "tiles": 0, "total_tokens": 0, "supervised_tokens": 0}
 
     def write(self, samples: Iterable[Sample]) -> dict[str, Any]:
+        """Write samples; all must be good, and there must be some."""
+        counts = self.write_described(self._described(samples, set()))
+        if not counts["samples"]:
+            raise DataError(f"split {self.split!r} has no samples")
+        return counts
+
+    def write_described(self, described: Iterator[tuple[dict, dict[str, bytes], dict]]) -> dict[str, Any]:
+        """Write (record, media, row of `manifest.describe`) triples; returns the split's entry of `dataset.json`."""
         manifest = self.folder / manifest_name(self.split)
-        keys: set[str] = set()
-        described = self._described(samples, keys)
         with pq.ParquetWriter(manifest, MANIFEST_SCHEMA, compression="zstd", write_page_checksum=True) as writer:
             while rows := self._write_shard(described):
                 writer.write_table(pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA), row_group_size=ROW_GROUP)
-        if not keys:
-            raise DataError(f"split {self.split!r} has no samples")
         return {**self.counts, **seal_manifest(self.folder, self.split), "shards": self.shards}
 
     def _described(self, samples: Iterable[Sample], keys: set[str]) -> Iterator[tuple[dict, dict[str, bytes], dict]]:
@@ -162,7 +196,7 @@ class _SplitWriter:
                 while written < self.shard_bytes and (item := next(described, None)):
                     record, media, row = item
                     members = {"json": record_bytes(record), **media}
-                    written += tar.write({"__key__": f"{self.counts['samples']:08d}", **members})
+                    written += tar.write({"__key__": f"{self.key_prefix}{self.counts['samples']:08d}", **members})
                     for key in ("tiles", "total_tokens", "supervised_tokens"):
                         self.counts[key] += row[key]
                     self.counts["samples"] += 1

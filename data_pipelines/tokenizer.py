@@ -22,6 +22,7 @@ class TextTokenizer:
         vocab_size: Number of ids, added tokens included.
         pad_id: Id of `<unk>`, which fills the tail of a pack: the released tokenizer has no pad token, and its end
             token must stay in the loss.
+        added_ids: Ids of all special tokens.
     """
 
     def __init__(self, folder: str | Path, *, media: bool = True) -> None:
@@ -54,7 +55,7 @@ class TextTokenizer:
         # Without its added tokens the tokenizer sees '<image>' or '<SPECIAL_12>' in a text as ordinary characters.
         spec.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
         self._plain = Tokenizer.from_str(json.dumps(spec))
-        self._added = frozenset(self._full.get_added_tokens_decoder())
+        self.added_ids = frozenset(self._full.get_added_tokens_decoder())
         self.vocab_size = self._full.get_vocab_size(with_added_tokens=True)
         self.pad_id = self.special(UNK)
         canonical = {key: value for key, value in spec.items() if key not in ("version",)}
@@ -68,10 +69,10 @@ class TextTokenizer:
     def encode_text(self, text: str) -> list[int]:
         """Ids of a text, in which nothing is special. Pieces are encoded alone: no merge crosses a call."""
         ids = self._plain.encode(text, add_special_tokens=False).ids
-        if not self._added.isdisjoint(ids):
+        if not self.added_ids.isdisjoint(ids):
             # A model may hold the special strings in its own vocabulary and find one as a whole word.
             ids = [i for character in text for i in self._plain.encode(character, add_special_tokens=False).ids]
-            if not self._added.isdisjoint(ids):
+            if not self.added_ids.isdisjoint(ids):
                 raise DataError(f"{self.path}: the text {text[:80]!r} has no encoding without special tokens")
         return ids
 

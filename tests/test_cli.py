@@ -43,7 +43,9 @@ def test_help_names_every_verb_and_the_exit_codes(capsys):
 
 @pytest.mark.parametrize(
     "argv", [["train"], ["schedule"], ["recipes", "list"], ["data", "make-demo"], ["data", "plan"], ["data", "bench"],
-             ["convert", "export"], ["launch", "torchrun"], ["generate"], ["report"], ["doctor"], ["plan"]],
+             *(["data", verb] for verb in ("import", "validate", "stats", "show", "frames", "render-pdf")),
+             ["data", "quarantine", "restore"], ["convert", "export"],
+             ["launch", "torchrun"], ["generate"], ["report"], ["doctor"], ["plan"]],
     ids=" ".join,
 )  # fmt: skip
 def test_every_verb_has_help(capsys, argv: list[str]):
@@ -56,7 +58,8 @@ def test_help_and_config_errors_import_no_torch():
     code = (
         "import sys\n"
         "from nemovl_train.cli import main\n"
-        "for argv in (['--help'], ['data', '--help'], ['convert', '--help'], ['launch', '--help'], ['recipes', 'list'],"
+        "for argv in (['--help'], ['data', '--help'], ['data', 'import', '--help'], ['data', 'show', '--help'],"
+        " ['convert', '--help'], ['launch', '--help'], ['recipes', 'list'],"
         " ['generate', '--help'],"
         " ['train', 'recipe=tiny/stage1_sft_16k', 'optm.lr=1'], ['schedule', 'recipe=tiny/schedule', 'stages=[]'],"
         " ['launch', 'torchrun', 'recipe=tiny/stage1_sft_16k', '--nproc', '2', '--dry-run'],"

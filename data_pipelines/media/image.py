@@ -5,11 +5,12 @@ Shape legend: H, W pixels of the image; T tiles; P tile side.
 """
 
 import io
+import warnings
 
 import numpy as np
 import simplejpeg
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 from torch.nn.functional import interpolate
 
 from data_pipelines.exceptions import DataError
@@ -18,6 +19,8 @@ from data_pipelines.media.rules import MediaLayout
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 2**26
 """Largest image decoded: 67 million pixels, 200 MB as RGB."""
+MAX_IMAGE_BYTES = 2**27
+"""Largest image file read."""
 
 _EXIF_ORIENTATION = 0x0112
 _SWAPS_AXES = (5, 6, 7, 8)
@@ -95,12 +98,24 @@ def resize(image: torch.Tensor, width: int, height: int) -> torch.Tensor:
 
 
 def _open(data: bytes) -> Image.Image:
+    if len(data) > MAX_IMAGE_BYTES:
+        raise DataError(f"image file of {len(data)} bytes is larger than {MAX_IMAGE_BYTES} bytes")
+    # A switch of the whole process, which other libraries turn on: half a picture would be trained on as grey.
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is lower and an error
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError as error:  # its text holds a memory address, another one every time
+        raise DataError(f"not a readable image: none of {', '.join(FORMATS)}") from error
+    except (Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
         raise DataError(f"not a readable image ({', '.join(FORMATS)} are accepted): {error}") from error
     if image.width * image.height > MAX_PIXELS:
         raise DataError(f"image of {image.width}x{image.height} pixels is larger than {MAX_PIXELS} pixels")
+    # Not MPO: a phone's JPEG that carries a second picture, of which the first is the photo.
+    frames = int(getattr(image, "n_frames", 1))
+    if image.format in ("PNG", "WEBP") and frames > 1:
+        raise DataError(f"animated {image.format} with {frames} frames; attach it as a video, or save one frame")
     return image
 
 

@@ -15,6 +15,14 @@ from data_pipelines.exceptions import DataError
 from data_pipelines.media.image import MAX_PIXELS, resize
 from data_pipelines.media.rules import MediaShape
 
+MAX_VIDEO_BYTES = 2**30
+"""Largest video file read: it is held in memory while it is decoded."""
+MAX_VIDEO_FRAMES = 2**20
+"""Most frames of a video: nearly ten hours at 30 a second."""
+_CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts"
+"""Demuxers that read the file itself. FFmpeg's playlist and image-sequence readers open other files and URLs."""
+_OPEN_OPTIONS = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "none"}
+
 MAX_FPS = 1000.0
 """Time stamps count whole milliseconds a frame, so a faster clip has none."""
 
@@ -37,8 +45,12 @@ def probe(data: bytes) -> MediaShape:
     """
     with _container(data) as container:
         stream = container.streams.video[0]
-        fps = float(stream.average_rate or 0)
-        frames = sum(1 for _ in _decoded(container, stream))
+        fps = float(stream.average_rate or stream.guessed_rate or 0)  # a transport stream states none
+        frames = 0
+        for _ in _decoded(container, stream):
+            frames += 1
+            if frames > MAX_VIDEO_FRAMES:
+                raise DataError(f"video has more than {MAX_VIDEO_FRAMES} frames; cut it")
         check_rate(fps, frames)
         return MediaShape("video", stream.codec_context.width, stream.codec_context.height, fps, frames)
 
@@ -52,39 +64,59 @@ def video_tiles(data: bytes, indices: Sequence[int], tile_size: int) -> torch.Te
     Raises:
         DataError: The stream is damaged or ends before the last frame asked for.
     """
+    tiles = []
+    for frame in decoded_frames(data, indices):
+        pixels = np.ascontiguousarray(frame.to_ndarray(format="rgb24"))
+        tiles.append(resize(torch.from_numpy(pixels), tile_size, tile_size))
+    return torch.stack(tiles)
+
+
+def decoded_frames(data: bytes, indices: Sequence[int]) -> Iterator[Any]:
+    """PyAV's frames of some numbers (rising; a number may repeat).
+
+    Raises:
+        DataError: The stream is damaged or ends before the last frame asked for.
+    """
     wanted = iter(indices)
     target: int | None = next(wanted, None)
-    tiles: list[torch.Tensor] = []
+    given = 0
     with _container(data) as container:
-        stream = container.streams.video[0]
-        for number, frame in enumerate(_decoded(container, stream)):
-            if number != target:
-                continue
-            if frame.width * frame.height > MAX_PIXELS:
-                raise DataError(f"video frame of {frame.width}x{frame.height} pixels is too large")
-            pixels = np.ascontiguousarray(frame.to_ndarray(format="rgb24"))
-            tile = resize(torch.from_numpy(pixels), tile_size, tile_size)
+        for number, frame in enumerate(_decoded(container, container.streams.video[0])):
             while target == number:
-                tiles.append(tile)
+                yield frame
+                given += 1
                 target = next(wanted, None)
             if target is None:
-                break
-    if len(tiles) != len(indices):
-        raise DataError(f"video ends after {len(tiles)} of the {len(indices)} frames that its metadata promise")
-    return torch.stack(tiles)
+                return
+    raise DataError(f"video ends after {given} of the {len(indices)} frames that its metadata promise")
 
 
 def _container(data: bytes) -> Any:
     import av
 
+    if len(data) > MAX_VIDEO_BYTES:
+        raise DataError(f"video file of {len(data)} bytes is larger than {MAX_VIDEO_BYTES} bytes; cut it")
     try:
-        container = av.open(io.BytesIO(data), mode="r")
+        container = av.open(io.BytesIO(data), mode="r", options=_OPEN_OPTIONS)
     except (av.error.FFmpegError, ValueError) as error:
         raise DataError(f"video cannot be opened: {error}") from error
-    if not container.streams.video:
+    problem = _size_problem(container)
+    if problem:
         container.close()
-        raise DataError("file has no video stream")
+        raise DataError(problem)
     return container
+
+
+def _size_problem(container: Any) -> str:
+    """Why the stream is not decoded at all; empty when it may be."""
+    if not container.streams.video:
+        return "file has no video stream"
+    context = container.streams.video[0].codec_context
+    if context.width * context.height > MAX_PIXELS:
+        return f"video of {context.width}x{context.height} pixels is larger than {MAX_PIXELS} pixels"
+    # A stream may change its size on the way: the decoder itself refuses what is above.
+    context.options = {"max_pixels": str(MAX_PIXELS)}
+    return ""
 
 
 def _decoded(container: Any, stream: Any) -> Iterator[Any]:

@@ -3,12 +3,12 @@ import io
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 
 from data_pipelines.exceptions import DataError
 from data_pipelines.media import image as image_module
 from data_pipelines.media.image import decode_image, image_size, image_tiles, resize
-from data_pipelines.media.rules import MediaLayout
+from data_pipelines.media.rules import MediaLayout, choose_grid
 
 
 def encoded(picture, kind="PNG", **options):
@@ -105,3 +105,48 @@ def test_other_files_and_bombs_are_refused(picture, monkeypatch):
     monkeypatch.setattr(image_module, "MAX_PIXELS", 100)
     with pytest.raises(DataError, match="larger than 100 pixels"):
         image_size(picture(20, 20))
+
+
+def test_a_cap_on_bytes(picture, monkeypatch):
+    data = picture(20, 20)
+    monkeypatch.setattr(image_module, "MAX_IMAGE_BYTES", len(data) - 1)
+    with pytest.raises(DataError, match="larger than"):
+        image_size(data)
+
+
+def test_a_switch_of_another_library_does_not_let_truncated_files_in(picture, monkeypatch):
+    data = picture(200, 200, "JPEG")[:-2000]
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    image = Image.open(io.BytesIO(data))
+    image.load()  # Pillow would fill it with grey
+    with pytest.raises(DataError, match="cannot be decoded"):
+        decode_image(data)
+
+
+def test_animations_are_refused_and_a_phones_second_picture_is_not(picture):
+    first, second = Image.new("RGB", (8, 8), (9, 9, 9)), Image.new("RGB", (8, 8))
+    for kind in ("PNG", "WEBP"):
+        with pytest.raises(DataError, match=f"animated {kind} with 2 frames"):
+            image_size(encoded(first, kind, save_all=True, append_images=[second]))
+    phone = encoded(first, "MPO", save_all=True, append_images=[second])
+    assert Image.open(io.BytesIO(phone)).n_frames == 2
+    assert decode_image(phone)[4, 4].tolist() == [9, 9, 9]
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 1), (4000, 1), (1, 4000), (3, 2000)])
+def test_extreme_shapes(width, height):
+    data = encoded(Image.new("RGB", (width, height), (50, 100, 150)))
+    assert image_size(data) == (width, height)
+    grid = choose_grid(width, height, 12, 64)
+    tiles = image_tiles(decode_image(data), MediaLayout("image", grid, True), 64)
+    assert tiles.shape == (grid[0] * grid[1] + 1, 3, 64, 64)
+    assert (tiles[:, 0] == 50).all()
+
+
+def test_modes_by_their_exact_colours():
+    grey_alpha = Image.new("LA", (4, 4), (0, 128))
+    assert decode_image(encoded(grey_alpha))[0, 0].tolist() == [127, 127, 127]
+    deep = np.full((4, 4, 4), 0, dtype=np.uint8)
+    deep[..., 1], deep[..., 3] = 200, 255
+    assert decode_image(encoded(Image.fromarray(deep, "RGBA")))[0, 0].tolist() == [0, 200, 0]
+    assert decode_image(encoded(Image.new("1", (4, 4), 1)))[0, 0].tolist() == [255, 255, 255]

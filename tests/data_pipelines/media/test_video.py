@@ -1,6 +1,11 @@
+import io
+
+import av
+import numpy as np
 import pytest
 
 from data_pipelines.exceptions import DataError
+from data_pipelines.media import video as video_module
 from data_pipelines.media.rules import MediaShape
 from data_pipelines.media.video import check_rate, probe, video_tiles
 
@@ -30,3 +35,46 @@ def test_no_video_is_refused(clip, picture):
     for fps, frames in ((0.0, 5), (float("nan"), 5), (10.0, 0), (5000.0, 5)):
         with pytest.raises(DataError, match="cannot be sampled"):
             check_rate(fps, frames)
+
+
+def test_a_playlist_cannot_make_the_decoder_open_another_file(tmp_path, monkeypatch, clip):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.mp4").write_bytes(clip(10))
+    playlist = b"ffconcat version 1.0\nfile own.mp4\n"
+    with av.open(io.BytesIO(playlist)) as container:  # FFmpeg would
+        assert sum(1 for _ in container.decode(video=0)) == 10
+    with pytest.raises(DataError, match="video cannot be opened"):
+        probe(playlist)
+
+
+def test_a_frame_too_large_is_refused_before_it_is_decoded(monkeypatch, clip):
+    data = clip(4, side=64)
+    assert probe(data).width == 64
+    monkeypatch.setattr(video_module, "MAX_PIXELS", 63 * 64)
+    monkeypatch.setattr(video_module, "_decoded", None)
+    with pytest.raises(DataError, match="video of 64x64 pixels is larger"):
+        probe(data)
+
+
+def test_caps_on_bytes_and_frames(monkeypatch, clip):
+    data = clip(12)
+    monkeypatch.setattr(video_module, "MAX_VIDEO_FRAMES", 11)
+    with pytest.raises(DataError, match="more than 11 frames"):
+        probe(data)
+    monkeypatch.setattr(video_module, "MAX_VIDEO_BYTES", len(data) - 1)
+    with pytest.raises(DataError, match="larger than"):
+        probe(data)
+
+
+def test_a_transport_stream_has_a_rate():
+    out = io.BytesIO()
+    with av.open(out, "w", format="mpegts") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width = stream.height = 32
+        stream.pix_fmt = "yuv420p"
+        for i in range(20):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), i, np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    shape = probe(out.getvalue())
+    assert (shape.frames, shape.fps) == (20, 10.0)

@@ -1,0 +1,1 @@
+"""Checks, statistics and quarantine of dataset folders."""
