@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, replace
 
-from nemovl_train.config.schema import RunConfig
+from nemovl_train.config.schema import LanguageConfig, RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,10 @@ class Grid:
     def pack_ranks(self) -> int:
         """Ranks that share one pack."""
         return self.tp * self.cp
+
+    def gathers_keys(self, size: LanguageConfig) -> bool:
+        """Whether attention gathers keys and values of a whole pack: too few heads for the ranks to share them."""
+        return bool(size.num_query_groups // self.tp % self.cp)
 
     @property
     def gpus(self) -> int:
@@ -62,6 +66,10 @@ class PackLoad:
     def useful_tokens(self) -> int:
         """Tokens of samples."""
         return sum(self.documents)
+
+    def dealt_tiles(self, ranks: int) -> int:
+        """Tiles that one of the ranks of a pack encodes, at most."""
+        return math.ceil(self.tiles / ranks)
 
     @property
     def fill(self) -> float:

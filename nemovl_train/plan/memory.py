@@ -104,7 +104,7 @@ def _states(config: RunConfig, grid: Grid, policy: Policy, width: int) -> dict[s
 def _language(size: LanguageConfig, grid: Grid, tokens: float, policy: Policy, *, frozen: bool) -> tuple[float, float]:
     """Numbers that the layers of a rank keep, and that exist only while one of them is at work."""
     residual = grid.tp if grid.sequence_parallel else 1
-    layers = {kind: _kept(size, kind, frozen, policy) for kind in "M*-"}
+    layers = {kind: _kept(size, kind, grid, frozen, policy) for kind in "M*-"}
     one_layer = {kind: split / grid.tp + whole / residual for kind, (split, whole) in layers.items()}
     recomputed = size.num_layers if policy.full_recompute_layers is None else policy.full_recompute_layers
     kept = recomputed * size.hidden_size / residual
@@ -115,7 +115,7 @@ def _language(size: LanguageConfig, grid: Grid, tokens: float, policy: Policy, *
     return kept * tokens, working * tokens
 
 
-def _kept(size: LanguageConfig, kind: str, frozen: bool, policy: Policy) -> tuple[float, float]:
+def _kept(size: LanguageConfig, kind: str, grid: Grid, frozen: bool, policy: Policy) -> tuple[float, float]:
     """Numbers a token that one layer keeps: those that TP splits, and those only sequence parallelism splits.
 
     A frozen linear does not keep its input: only its weight's gradient would need it.
@@ -129,7 +129,8 @@ def _kept(size: LanguageConfig, kind: str, frozen: bool, policy: Policy) -> tupl
         return projected + inner * (1 + trained + (0 if policy.fused_gated_norm else 1)), norm
     if kind == "*":
         queries = size.num_attention_heads * size.head_dim
-        qkv = queries + 2 * size.num_query_groups * size.head_dim
+        seen = grid.cp if grid.gathers_keys(size) else 1
+        qkv = queries + 2 * size.num_query_groups * size.head_dim * seen
         return qkv + queries + 2 * size.num_attention_heads, norm
     inside = 3 if size.activation == "swiglu" else 1
     return size.ffn_hidden_size * (inside + trained), norm
@@ -152,7 +153,7 @@ def _vision(config: RunConfig, grid: Grid, load: PackLoad, policy: Policy) -> fl
     if not load.tiles:
         return 0.0
     model, trains = config.model, set(config.trainer.train)
-    tiles = load.tiles / grid.pack_ranks if policy.tiles_dealt else load.tiles
+    tiles = load.dealt_tiles(grid.pack_ranks)
     tower = model.vision
     tokens = (tower.tile_size // tower.patch_size) ** 2 + tower.prefix_tokens
     kept = 0.0

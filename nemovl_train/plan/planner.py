@@ -183,11 +183,6 @@ def _warnings(plan: Plan) -> Iterator[str]:
     grid, load, config = plan.grid, plan.load, plan.config
     if not plan.fits:
         yield from _does_not_fit(plan)
-    if load.tiles and grid.pack_ranks > 1:
-        yield (
-            f"each of the {grid.pack_ranks} ranks of a pack encodes all of its {load.tiles} tiles: training does not "
-            "deal them out yet"
-        )
     if config.trainer.global_batch % grid.dp:
         yield (
             f"trainer.global_batch={config.trainer.global_batch} packs on {grid.dp} data parallel ranks: some of them "

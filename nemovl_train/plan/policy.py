@@ -30,8 +30,8 @@ class Policy:
         states: Bytes of gradient and optimizer state of a bfloat16 weight.
         full_recompute_layers: Language layers, from the first, that keep their input alone; None is all of them.
         tower_recompute: The tower keeps each block's input alone.
-        tiles_dealt: The ranks that share a pack share its tiles; otherwise each encodes all of them.
-        fused_gated_norm: The gated norm is part of the scan's kernel, which keeps one tensor less.
+        fused_gated_norm: The gated norm keeps no input of its own: it is part of the scan's kernel or, over context
+            parallel ranks, reads the scan's output again.
         loss_chunk: Positions whose logits exist at a time, made again in backward; None is all at once.
         head_everywhere: Logits are made at every position, not at the supervised ones alone.
     """
@@ -39,7 +39,6 @@ class Policy:
     states: StateBytes = FP32_STATES
     full_recompute_layers: int | None = 0
     tower_recompute: bool = False
-    tiles_dealt: bool = False
     fused_gated_norm: bool = True
     loss_chunk: int | None = 2048
     head_everywhere: bool = False
@@ -49,11 +48,10 @@ TRAINER = Policy()
 """What `nemovl train` does in this version."""
 
 NOT_YET = {
-    "tiles dealt over the ranks of a pack": Policy(tiles_dealt=True),
-    "tiles dealt, tower recomputed": Policy(tiles_dealt=True, tower_recompute=True),
-    "tiles dealt, everything recomputed": Policy(tiles_dealt=True, tower_recompute=True, full_recompute_layers=None),
-    "the same with bfloat16 moments": Policy(
-        tiles_dealt=True, tower_recompute=True, full_recompute_layers=None, states=BF16_MOMENTS
+    "tower recomputed": Policy(tower_recompute=True),
+    "everything recomputed": Policy(tower_recompute=True, full_recompute_layers=None),
+    "everything recomputed, bfloat16 moments": Policy(
+        tower_recompute=True, full_recompute_layers=None, states=BF16_MOMENTS
     ),
 }
 """What training cannot do yet, from the least change to the largest: plans say which would make a run fit."""

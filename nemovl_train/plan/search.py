@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-from nemovl_train.config.schema import ParallelConfig, RunConfig
+from nemovl_train.config.schema import RunConfig
 from nemovl_train.config.validate import validate_run
 from nemovl_train.exceptions import ConfigError
 from nemovl_train.plan.planner import Plan, make_plan
@@ -33,7 +33,7 @@ def _candidates(config: RunConfig) -> Iterator[RunConfig]:
     gpus = config.cluster.gpus or 1
     for tp in _divisors(min(gpus, config.cluster.gpus_per_node)):
         for cp in _divisors(gpus // tp):
-            yield replace(config, parallel=ParallelConfig(tp=tp, cp=cp, sequence_parallel=tp > 1))
+            yield replace(config, parallel=replace(config.parallel, tp=tp, cp=cp, sequence_parallel=tp > 1))
 
 
 def _divisors(number: int) -> list[int]:

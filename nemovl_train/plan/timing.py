@@ -37,10 +37,12 @@ class StepTime:
         mixer: Convolution, scan and gated norm of the Mamba layers.
         elementwise: Norms, activations, additions.
         vision: Tower and projector.
+        features: Exchange of features between the ranks of a pack.
         tensor_parallel: Exposed exchange between tensor parallel ranks.
         context_parallel: Exposed exchange between context parallel ranks.
         host: What is left when the host cannot launch as fast as the GPU runs.
-        reduce: Gradients summed and weights sent back over data parallel ranks; training overlaps neither.
+        reduce: Gradients summed and weights sent back over data parallel ranks, as if nothing were hidden behind work;
+            `optim.overlap_grad_reduce` and `optim.overlap_param_gather` hide a part that nobody has measured.
         update: Clipping and AdamW.
     """
 
@@ -49,6 +51,7 @@ class StepTime:
     mixer: float
     elementwise: float
     vision: float
+    features: float
     tensor_parallel: float
     context_parallel: float
     host: float
@@ -82,12 +85,14 @@ def step_time(
     traffic = {flow.purpose: flow.seconds for flow in flows(config, grid, load, policy, gpu, packs=packs)}
     kernels = {name: packs * value for name, value in _kernels(config, grid, load, gpu, policy, work).items()}
     tensor, context = traffic.pop("tensor parallel", 0.0), traffic.pop("context parallel", 0.0)
+    features = traffic.pop("features", 0.0)
     host = packs * _LAUNCH * _LAUNCHES_PER_LAYER * config.model.language.num_layers
     return StepTime(
         **kernels,
+        features=features,
         tensor_parallel=tensor,
         context_parallel=context,
-        host=max(0.0, host - sum(kernels.values()) - tensor - context),
+        host=max(0.0, host - sum(kernels.values()) - features - tensor - context),
         reduce=sum(traffic.values()),
         update=_update(config, grid),
     )
@@ -126,14 +131,14 @@ def _kernels(
     slower = GPU_TYPES["h100_80gb"].copy_bytes / gpu.copy_bytes
     tokens = load.seq_length / grid.pack_ranks
     mamba_channels = size.hybrid_pattern.count("M") * size.mamba_inner_size
-    share = grid.pack_ranks if policy.tiles_dealt else 1
+    share = load.dealt_tiles(grid.pack_ranks) / load.tiles if load.tiles else 0.0
     tower = work.vision * (1 + policy.tower_recompute / 3 * ("vision" in config.trainer.train))
     return {
         "matrices": (layers * recompute + head) / grid.pack_ranks / gpu.gemm_flops,
         "attention": work.attention_core * recompute_mixing / grid.pack_ranks / gpu.attention_flops,
         "mixer": slower * _MIXER * tokens * mamba_channels * recompute_mixing,
         "elementwise": slower * _ELEMENTWISE * tokens * size.num_layers * size.hidden_size * recompute_mixing,
-        "vision": (tower / _TOWER_EFFICIENCY + work.projector) / share / gpu.gemm_flops,
+        "vision": (tower / _TOWER_EFFICIENCY + work.projector) * share / gpu.gemm_flops,
     }
 
 

@@ -23,7 +23,8 @@ class Flow:
     """One purpose of communication.
 
     Attributes:
-        purpose: `tensor parallel`, `context parallel`, or `gradients` and `weights` with the parts they belong to.
+        purpose: `tensor parallel`, `context parallel`, `features` (of tiles, to the ranks that hold their tokens), or
+            `gradients` and `weights` with the parts they belong to.
         bytes_per_step: Past each GPU.
         link: `nvlink` inside a node, `network` when the ranks are on several.
         seconds: On this link, nothing hidden behind work.
@@ -53,6 +54,7 @@ def flows(config: RunConfig, grid: Grid, load: PackLoad, policy: Policy, gpu: Gp
         found = [
             _flow("tensor parallel", tokens * _tensor(config, grid, width), grid, gpu, 1, grid.tp),
             _flow("context parallel", _context(config, grid, tokens, width, packs), grid, gpu, grid.tp, grid.cp),
+            _flow("features", packs * _features(config, grid, load, width), grid, gpu, 1, grid.pack_ranks),
         ]
     trained = {part: count for part, count in count_parameters(config.model).items() if part in config.trainer.train}
     language, rest = trained.pop("language", 0) / grid.tp, sum(trained.values())
@@ -75,13 +77,34 @@ def _tensor(config: RunConfig, grid: Grid, width: int) -> float:
 
 
 def _context(config: RunConfig, grid: Grid, tokens: float, width: int, packs: int) -> float:
-    """q, k, v to heads and the result back, both ways; the state of every Mamba layer, both ways."""
+    """Of all layers, both ways.
+
+    Attention sends q, k, v to heads and the result back, or gathers k and v; a Mamba layer sends its state, or its
+    columns to heads and the result back.
+    """
     size = config.model.language
-    queries = size.num_attention_heads * size.head_dim
-    exchanged = 2 * queries + 2 * size.num_query_groups * size.head_dim
-    attention = 2 * tokens * exchanged * width / grid.tp * (grid.cp - 1) / grid.cp
-    states = 2 * packs * (grid.cp - 1) * size.mamba_inner_size * size.mamba_state_dim * 4 / grid.tp
-    return size.hybrid_pattern.count("*") * attention + size.hybrid_pattern.count("M") * states
+    others, keys = grid.cp - 1, 2 * size.num_query_groups * size.head_dim
+    if grid.gathers_keys(size):
+        attention = 2 * tokens * keys * width / grid.tp * others
+    else:
+        exchanged = 2 * size.num_attention_heads * size.head_dim + keys
+        attention = 2 * tokens * exchanged * width / grid.tp * others / grid.cp
+    inner = size.mamba_inner_size
+    if config.parallel.mamba_context == "head_exchange":
+        columns = 3 * inner + 2 * size.mamba_num_groups * size.mamba_state_dim + size.mamba_num_heads
+        mamba = 2 * tokens * columns * width / grid.tp * others / grid.cp
+    else:
+        mamba = 2 * packs * others * inner * size.mamba_state_dim * 4 / grid.tp
+    return size.hybrid_pattern.count("*") * attention + size.hybrid_pattern.count("M") * mamba
+
+
+def _features(config: RunConfig, grid: Grid, load: PackLoad, width: int) -> float:
+    """Of one pack; no more than this, since a rank keeps the features of its own tokens."""
+    holders = 1 if grid.sequence_parallel else grid.tp
+    both_ways = 2 if {"vision", "projector"} & set(config.trainer.train) else 1
+    made = load.tiles * config.model.tokens_per_tile / grid.pack_ranks
+    others = (grid.pack_ranks - 1) / grid.pack_ranks
+    return both_ways * made * holders * config.model.language.hidden_size * width * others
 
 
 def _flow(purpose: str, amount: float, grid: Grid, gpu: Gpu, stride: int, ranks: int) -> Flow:

@@ -82,10 +82,12 @@ def test_memory_falls_as_it_should():
     base = memory(config, Grid(tp=4, cp=2, dp=64, sequence_parallel=True), load)
     wider = memory(config, Grid(tp=8, cp=2, dp=32, sequence_parallel=True), load)
     plain = memory(config, Grid(tp=4, cp=2, dp=64), load)
-    assert wider.activations == base.activations / 2
+    # One key head a rank, which two context parallel ranks cannot share: each gathers keys and values of six layers.
+    gathered = 2 * 6 * 2 * 128 * 49152 / 2
+    assert wider.activations == base.activations / 2 + gathered
     assert plain.activations > 1.4 * base.activations  # norms' inputs and outputs whole on every rank
-    dealt = memory(config, Grid(tp=4, cp=2, dp=64, sequence_parallel=True), load, Policy(tiles_dealt=True))
-    assert dealt.vision == pytest.approx(base.vision / 8, rel=0.1)
+    alone = memory(config, Grid(sequence_parallel=True), load)
+    assert base.vision == pytest.approx(alone.vision / 8, rel=0.1)  # the ranks of a pack share its tiles
     again = memory(config, Grid(tp=4, cp=2, dp=64, sequence_parallel=True), load, Policy(full_recompute_layers=None))
     assert again.activations == pytest.approx(2 * 62 * 5120 * 49152 / 8)
     assert again.working > base.working
@@ -106,7 +108,7 @@ def test_device_decides_what_fits():
 
 
 def test_what_does_not_fit_names_what_is_missing_as_not_available():
-    plan = make_plan(recipe("stage1_sft_16k"))
+    plan = make_plan(recipe("stage1_sft_16k", "cluster=h100_x64"))
     first = warnings(plan)[0]
     assert first.startswith("does not fit")
     assert "training cannot do yet" in first
@@ -119,7 +121,6 @@ def test_warnings():
     plan = make_plan(recipe("stage1_sft_16k", "trainer.global_batch=200", "trainer.steps=100"))
     text = "\n".join(warnings(plan))
     for part in (
-        "encodes all of its 29 tiles",
         "200 packs on 128 data parallel ranks",
         "workload.samples is 32,500,000",
     ):
@@ -148,9 +149,39 @@ def test_traffic_by_hand():
     # Two members of a gradient group in each node share two adapters; all eight would be faster than NVLink.
     assert found["gradients, language"].seconds == pytest.approx(found["gradients, language"].bytes_per_step / 90e9)
     far = make_plan(recipe("stage4_long_context_300k"))
-    assert {flow.link for flow in far.flows if flow.purpose == "context parallel"} == {"network"}
+    (context,) = (flow for flow in far.flows if flow.purpose == "context parallel")
+    assert context.link == "network"
+    # One key head a rank cannot be shared by eight: keys and values of the other seven are gathered.
+    tokens = 16 * 311_296 / 8
+    gathered = 6 * 2 * tokens * 7 * 2 * 128 * 2
+    assert context.bytes_per_step == pytest.approx(gathered + 28 * 2 * 16 * 7 * 10240 * 128 * 4 / 8)
     single = flows(config, Grid(), pack_of(config), TRAINER, GPU_TYPES["h100_80gb"], packs=1)
     assert single == []
+
+
+def test_heads_exchanged_instead_of_states():
+    config = recipe("stage3_code_recovery_49k", "cluster=h100_x64")
+    heads = replace(config, parallel=replace(config.parallel, mamba_context="head_exchange"))
+    states, exchanged = (
+        next(flow.bytes_per_step for flow in make_plan(c).flows if flow.purpose == "context parallel")
+        for c in (config, heads)
+    )
+    tokens = 16 * 49152 / 2
+    columns = 22_656 + 10_240  # of the input projection, and back what the scan made of them
+    state = 28 * 2 * 16 * 10240 * 128 * 4 / 4
+    assert exchanged - states == pytest.approx(28 * 2 * tokens * columns * 2 / 4 / 2 - state)
+    assert all(plan.config.parallel.mamba_context == "head_exchange" for plan in search(heads))
+
+
+def test_features_travel_to_the_ranks_that_hold_their_tokens():
+    config = recipe("stage2_video_sft_49k", "cluster=h100_x64")
+    plan = make_plan(config)
+    (moved,) = (flow for flow in plan.flows if flow.purpose == "features")
+    assert moved.bytes_per_step == pytest.approx(2 * 16 * plan.load.tiles * 256 / 8 * 5120 * 2 * 7 / 8)
+    whole = replace(config, parallel=replace(config.parallel, sequence_parallel=False))
+    (copied,) = (flow for flow in make_plan(whole).flows if flow.purpose == "features")
+    assert copied.bytes_per_step == 4 * moved.bytes_per_step  # each of the TP ranks holds all rows
+    assert plan.time.features > 0
 
 
 def test_more_nodes_trade_accumulation_for_traffic():
