@@ -138,8 +138,10 @@ def test_one_document_of_311296_tokens(monkeypatch, record):
 
 
 def test_one_call_beyond_the_limit_is_wrong(monkeypatch, record):
-    """Why there are pieces: one call on 1.04 x 2^31 elements gives nonsense at the end, without an error. Should the
-    kernels ever be mended, this fails, and pieces can grow."""
+    """Why there are pieces: one call on 1.04 x 2^31 elements gives nonsense at the end, without an error.
+
+    Should the kernels ever be mended, this fails, and pieces can grow.
+    """
     tokens = 98304
     assert tokens > WIDE.longest_piece
     projected, parameters = draw(WIDE, tokens, torch.bfloat16)

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from data_pipelines.schema import Pack
+from nemovl_train.checkpoint import sealed
 from nemovl_train.config.schema import (
     LanguageConfig,
     ModelConfig,
@@ -42,6 +43,8 @@ from nemovl_train.training.step import forward_backward, loss_scales, train_step
 IMAGE = 256
 CHUNK = 16
 LENGTH = 256
+CHANGED = 2
+"""Document of the first pack whose tokens change, to see whose logits move."""
 MODEL = ModelConfig(
     name="matrix",
     language=LanguageConfig(
@@ -196,10 +199,10 @@ def run_in(
 def _outcome(
     case: Case, config: ModelConfig, layout: Layout, backend: str, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
+    _check_groups(layout)
     model, optimizers, optim = make_trainer(case, config, layout, backend, dtype)
     packs = [make_packs(case.packs, case.mode)[i] for i in case.order][layout.dp_rank :: layout.dp]
-    with torch.no_grad():
-        found = {"logits": model.logits(PackBatch.from_pack(make_packs(case.packs)[0], layout)).float().cpu()}
+    found = _logits(model, make_packs(case.packs)[0], layout)
     if case.steps:
         results = [
             train_step(model, optimizers, packs, layout, lr=optim.lr, divisor=case.divisor) for _ in range(case.steps)
@@ -216,6 +219,48 @@ def _outcome(
     optimizers.chained.prepare_grads()
     found |= {"loss": loss.cpu(), "norm": torch.tensor(float(optimizers.chained.get_grad_norm()))}
     return found | {n: whole(p.main_grad, p, n, layout) for n, p in model.named_parameters() if p.requires_grad}
+
+
+def _check_groups(layout: Layout) -> None:
+    """The numbers that the layout promises are those of its groups."""
+    groups, vision = layout.language_groups, layout.vision_groups
+    assert layout.tp * layout.cp * layout.dp == layout.world_size
+    assert (groups.tp_cp.size(), groups.tp_cp.rank()) == (layout.pack_ranks, layout.pack_rank)
+    assert (groups.dp.size(), groups.dp.rank()) == (layout.dp, layout.dp_rank)
+    assert (vision.tp.size(), vision.cp.size(), vision.dp.size()) == (1, 1, layout.world_size)
+    assert vision.dp_cp.rank() == layout.rank
+    held = [layout.residual_tokens(LENGTH, rank) for rank in range(layout.pack_ranks)]
+    copies = 1 if layout.sequence_parallel else layout.tp
+    assert sorted(i for tokens in held for i in tokens) == sorted(list(range(LENGTH)) * copies)
+
+
+@torch.no_grad()
+def _logits(model: NemotronVL, pack: Pack, layout: Layout) -> dict[str, torch.Tensor]:
+    """Logits of a pack, and how many rows move in other documents and in its own when one document changes."""
+    before = model.logits(PackBatch.from_pack(pack, layout)).float().cpu()
+    changed = pack.seq_idx == CHANGED
+    ids = torch.where(changed & (pack.input_ids != IMAGE), (pack.input_ids + 7) % 200 + 20, pack.input_ids)
+    after = model.logits(PackBatch.from_pack(replace(pack, input_ids=ids), layout)).float().cpu()
+    moved = (before != after).any(1)
+    assert moved[changed].all(), "a document that changed keeps its logits: the test shows nothing"
+    return {"logits": before, "rows moved in other documents": moved[~changed].sum()}
+
+
+def alone_pack(pack: Pack, document: int) -> Pack:
+    """One document of a pack at the start of a pack of its own."""
+    begin, end = pack.cu_seqlens[document : document + 2].tolist()
+    rest = LENGTH - (end - begin)
+    own = (pack.tile_token_start >= begin) & (pack.tile_token_start < end)
+    return replace(
+        pack,
+        input_ids=torch.cat([pack.input_ids[begin:end], torch.zeros(rest, dtype=torch.int64)]),
+        labels=torch.cat([pack.labels[begin:end], torch.full((rest,), -100)]),
+        loss_weight=torch.cat([pack.loss_weight[begin:end], torch.zeros(rest)]),
+        seq_idx=torch.cat([torch.zeros(end - begin), torch.ones(rest)]).int(),
+        cu_seqlens=torch.tensor([0, end - begin, LENGTH, LENGTH]).int(),
+        tiles=pack.tiles[own],
+        tile_token_start=pack.tile_token_start[own] - begin,
+    )
 
 
 def make_trainer(
@@ -343,6 +388,38 @@ def worst(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
     return largest, where
 
 
+MOVED = Case(distributed=True, steps=2)
+"""What is trained, saved and moved."""
+
+
+def move_checkpoint(folder: Path) -> None:
+    """Train in TP 2 x CP 2, save, take another step; load in TP 2 x DP 2, save again, take that step there.
+
+    Leaves the folders `first` and `second`, and in `moved.pt` the parameters and losses.
+    """
+    found = {}
+    for name, parallel, source in (("first", TP2_CP2_SP, None), ("second", TP2, "first")):
+        layout = Layout.create(parallel)
+        model, optimizers, optim = make_trainer(MOVED, MODEL, layout)
+        packs = make_packs("images")[layout.dp_rank :: layout.dp]
+        options = {"lr": optim.lr, "divisor": "global"}
+        if source is None:
+            for _ in range(MOVED.steps):
+                train_step(model, optimizers, packs, layout, **options)
+        else:
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.zero_()
+            sealed.load(sealed.step_folder(folder / source, MOVED.steps), model=model, optimizer=optimizers)
+        sealed.save(folder / name, MOVED.steps, model=model, optimizer=optimizers, state={}, run_id="moved")
+        found |= {f"{name} {n}": whole(p.detach(), p, n, layout) for n, p in model.named_parameters()}
+        loss = train_step(model, optimizers, packs, layout, **options).loss
+        found |= {f"{name}, loss of the next step": torch.tensor(loss)}
+        layout.destroy()
+    if dist.get_rank() == 0:
+        torch.save(found, folder / "moved.pt")
+
+
 TP2 = ParallelConfig(tp=2)
 TP2_SP = ParallelConfig(tp=2, sequence_parallel=True)
 CP2 = ParallelConfig(cp=2)
@@ -455,6 +532,7 @@ def main() -> None:
     parser.add_argument("--backend", default="torch")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--cases", nargs="+", required=True)
+    parser.add_argument("--checkpoint", action="store_true", help="also train, save, load elsewhere and save again")
     args = parser.parse_args()
     torch.set_num_threads(1)
     cuda = torch.cuda.is_available()
@@ -477,6 +555,8 @@ def main() -> None:
             if args.rank == 0:
                 torch.save(found, args.folder / f"{name}.pt")
         layout.destroy()
+    if args.checkpoint:
+        move_checkpoint(args.folder)
     shutdown()
 
 

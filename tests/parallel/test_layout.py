@@ -1,12 +1,7 @@
-"""Groups and legality of a layout, and tensor parallel ranks against one process.
+"""Legality of a layout, and who may ask for process groups. Layouts of several ranks: `test_matrix.py`."""
 
-Two gloo ranks are started once; they go through every case, making and destroying a layout for each.
-"""
-
-import os
-import subprocess
-import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,11 +9,7 @@ import torch.distributed as dist
 
 from nemovl_train.config.schema import LanguageConfig, ParallelConfig
 from nemovl_train.exceptions import LayoutError
-from nemovl_train.model.backend import TORCH
-from nemovl_train.model.init import init_weights, join_parts
-from nemovl_train.model.language import build_language_model
-from nemovl_train.model.packing import PackParams
-from nemovl_train.parallel.layout import Layout, shutdown
+from nemovl_train.parallel.layout import Layout
 from nemovl_train.parallel.legality import layout_problems
 
 CONFIG = LanguageConfig(
@@ -36,82 +27,6 @@ CONFIG = LanguageConfig(
     vocab_size=72,
     base_vocab_size=64,
 )
-SWIGLU = replace(CONFIG, activation="swiglu", position="rope")
-LENGTHS = (7, 30, 2, 1)
-CASES = {
-    "tp2": (ParallelConfig(tp=2), CONFIG),
-    "tp2_sp": (ParallelConfig(tp=2, sequence_parallel=True), CONFIG),
-    "tp2_sp_swiglu_rope": (ParallelConfig(tp=2, sequence_parallel=True), SWIGLU),
-    "dp2": (ParallelConfig(), CONFIG),
-}
-
-
-def run(layout, config):
-    """Losses, whole logits and whole gradients, by whole parameter name."""
-    model = build_language_model(config, layout, params_dtype=torch.float32, backend=TORCH)
-    init_weights(model, seed=5, std=0.1, tp_size=layout.tp, tp_rank=layout.tp_rank)
-    length = sum(LENGTHS)
-    ids = torch.randint(0, config.vocab_size, (length,), generator=torch.Generator().manual_seed(0))
-    labels = torch.where(torch.arange(length) % 3 == 0, -100, ids.roll(-1))
-    ends = torch.tensor([0, *LENGTHS]).cumsum(0).int()
-    seq_idx = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS)).int()[None]
-    pack = PackParams.from_boundaries(ends, seq_idx, max(LENGTHS))
-    loss = model(ids, pack, labels)
-    (loss * torch.linspace(0.5, 1.5, length)).sum().backward()
-    out = {"loss": loss.detach(), "logits": model(ids, pack).detach()}
-    group = layout.language_groups.tp
-    for name, parameter in model.named_parameters():
-        gradient = parameter.grad
-        if getattr(parameter, "sequence_parallel", False):
-            dist.all_reduce(gradient, group=group)
-        parts = [torch.empty_like(gradient) for _ in range(layout.tp)]
-        dist.all_gather(parts, gradient.contiguous(), group=group)
-        out[name] = join_parts(parts, parameter)
-    return out
-
-
-def worker(folder):
-    """What each spawned rank does."""
-    torch.set_num_threads(1)
-    for name, (parallel, config) in CASES.items():
-        layout = Layout.create(parallel, config)
-        vision = layout.vision_groups
-        assert (vision.tp.size(), vision.cp.size(), vision.dp.size(), vision.dp_cp.rank()) == (1, 1, 2, layout.rank)
-        assert (layout.tp, layout.dp, layout.dp_rank) == (parallel.tp, 2 // parallel.tp, layout.rank // parallel.tp)
-        result = run(layout, config)
-        if layout.rank == 0:
-            torch.save(result, f"{folder}/{name}.pt")
-        layout.destroy()
-    shutdown()
-
-
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    store = f"file://{folder}/store"
-    ranks = [
-        subprocess.Popen([sys.executable, __file__, str(folder), store, str(rank)], stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=240)[1] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], "\n".join(errors)
-    return {name: torch.load(f"{folder}/{name}.pt") for name in CASES}
-
-
-@pytest.fixture(scope="module")
-def one_process():
-    layout = Layout.create(ParallelConfig())
-    results = {id(config): run(layout, config) for config in (CONFIG, SWIGLU)}
-    layout.destroy()
-    return results
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_ranks_equal_one_process(case, two_ranks, one_process):
-    expected = one_process[id(CASES[case][1])]
-    assert two_ranks[case].keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert (two_ranks[case][name] - tensor).norm() <= 1e-5 * tensor.norm(), name
 
 
 def test_layouts_follow_each_other_in_one_process():
@@ -136,6 +51,10 @@ def test_refused_layout_names_the_nearest():
         (ParallelConfig(tp=4), 4, ["num_query_groups=2, mamba_num_groups=2; set parallel.tp=2"]),
         (ParallelConfig(tp=0), 4, ["set parallel.tp=1"]),
         (ParallelConfig(cp=2), 4, []),
+        (ParallelConfig(cp=3), 4, ["does not divide the 4 processes"]),
+        (ParallelConfig(tp=2, cp=4, mamba_context="head_exchange"), 8, ["or parallel.cp=1"]),
+        (ParallelConfig(cp=2, mamba_context="head_exchange"), 4, []),
+        (ParallelConfig(cp=4, mamba_context="head_exchange"), 4, ["set parallel.mamba_context=state_passing"]),
         (ParallelConfig(sequence_parallel=True), 4, ["set parallel.sequence_parallel=false"]),
     ],
 )
@@ -145,8 +64,25 @@ def test_problems(parallel, world_size, expected):
     assert all(part in problem for part, problem in zip(expected, problems, strict=True))
 
 
-if __name__ == "__main__":
-    folder, store, rank = sys.argv[1:]
-    os.environ.pop("WORLD_SIZE", None)
-    dist.init_process_group("gloo", init_method=store, rank=int(rank), world_size=2)
-    worker(folder)
+def test_models_without_mamba_layers_exchange_no_heads():
+    attention_alone = replace(CONFIG, hybrid_pattern="*-")
+    assert layout_problems(ParallelConfig(cp=4, mamba_context="head_exchange"), 4, attention_alone) == []
+
+
+def test_no_other_module_asks_for_process_groups():
+    package = Path(__file__).parents[2] / "nemovl_train"
+    asking = [path.name for path in package.rglob("*.py") if "parallel_state" in path.read_text()]
+    assert asking == ["layout.py"]
+
+
+def test_shares_of_a_pack():
+    """Numbers alone: what ranks of TP 2 x CP 2 hold, with and without sequence parallelism."""
+    known = {"world_size": 4, "rank": 1, "dp": 1, "dp_rank": 0, "mamba_context": "state_passing", "device": None}
+    groups = {"language_groups": None, "vision_groups": None}
+    mine = {"tp": 2, "cp": 2, "tp_rank": 1, "cp_rank": 1}
+    for sequence_parallel, expected in ((False, range(32, 64)), (True, range(48, 64))):
+        layout = Layout(**known, **groups, **mine, sequence_parallel=sequence_parallel)
+        assert layout.pack_rank == 3
+        assert layout.context_tokens(64) == range(32, 64)
+        assert layout.residual_tokens(64) == expected
+        assert layout.residual_tokens(64, 0).start == 0

@@ -10,8 +10,11 @@ import matrix
 import pytest
 import torch
 
+from nemovl_train.checkpoint import sealed
 from nemovl_train.config.schema import ParallelConfig
+from nemovl_train.model.batch import PackBatch
 from nemovl_train.parallel.layout import Layout
+from nemovl_train.training.step import train_step
 
 RANKS = 4
 BOUND = 1e-5
@@ -24,24 +27,30 @@ def _one_thread():
 
 
 @pytest.fixture(scope="module")
-def alone():
+def one_process():
+    layout = Layout.create(ParallelConfig())
+    yield layout
+    layout.destroy()
+
+
+@pytest.fixture(scope="module")
+def alone(one_process):
     """What a case gives without other processes, computed once."""
-    known, layout = {}, Layout.create(ParallelConfig())
+    known = {}
 
     def compute(case, **changed):
         key = replace(case.alone(), **changed)
         if key not in known:
-            known[key] = matrix.run_in(layout, key)
+            known[key] = matrix.run_in(one_process, key)
         return known[key]
 
-    yield compute
-    layout.destroy()
+    return compute
 
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quick")
-    matrix.run_ranks(RANKS, folder, [*matrix.QUICK, *matrix.QUICK_CONTROLS], timeout_s=300)
+    matrix.run_ranks(RANKS, folder, [*matrix.QUICK, *matrix.QUICK_CONTROLS], "--checkpoint", timeout_s=300)
     return folder
 
 
@@ -75,6 +84,83 @@ def test_a_layout_equals_one_process(name, quick, alone):
 @pytest.mark.parametrize("name", matrix.QUICK_CONTROLS)
 def test_a_broken_layout_does_not(name, quick, alone):
     check_control(quick, name, alone)
+
+
+@pytest.mark.parametrize("name", [name for name in matrix.QUICK if matrix.CASES[name].model == "hybrid"])
+def test_a_document_in_a_pack_is_as_alone(name, quick, documents_alone):
+    """Every layout's packed logits against each document in a pack of its own, in one process."""
+    found = matrix.results(quick, name)
+    assert found["rows moved in other documents"] == 0
+    pack = matrix.make_packs("images")[0]
+    assert matrix.CASES[name].packs in ("images", "first")  # both have images in this pack
+    for number, expected in enumerate(documents_alone):
+        begin, end = pack.cu_seqlens[number : number + 2].tolist()
+        difference = found["logits"][begin:end] - expected
+        assert difference.norm() <= BOUND * expected.norm(), number
+
+
+@pytest.fixture(scope="module")
+def documents_alone(one_process):
+    model, _, _ = matrix.make_trainer(matrix.Case(), matrix.MODEL, one_process)
+    pack = matrix.make_packs("images")[0]
+    logits = []
+    with torch.no_grad():
+        for number, _ in enumerate(pack.sample_keys):
+            alone = matrix.alone_pack(pack, number)
+            length = int(alone.cu_seqlens[1])
+            logits.append(model.logits(PackBatch.from_pack(alone, one_process))[:length])
+    return logits
+
+
+@pytest.fixture(scope="module")
+def moved(quick, one_process):
+    """Parameters and optimizer state of both checkpoints, loaded in one process, and of a run that never moved."""
+    found = {}
+    for name in ("first", "second", None):
+        model, optimizers, optim = matrix.make_trainer(matrix.MOVED, matrix.MODEL, one_process)
+        if name is None:
+            for _ in range(matrix.MOVED.steps):
+                train_step(model, optimizers, matrix.make_packs("images"), one_process, lr=optim.lr, divisor="global")
+        else:
+            folder = sealed.step_folder(quick / name, matrix.MOVED.steps)
+            sealed.load(folder, model=model, optimizer=optimizers)
+        tensors = {n: p.detach().clone() for n, p in model.named_parameters()}
+        for side in optimizers.sides:
+            for number, tensor in enumerate(_state_tensors(side.optimizer)):
+                tensors[f"{side.name} state {number}"] = tensor.clone()
+        found[name] = tensors
+    return found
+
+
+def _state_tensors(optimizer):
+    for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for group in inner.optimizer.param_groups:
+            for parameter in group["params"]:
+                yield parameter.detach()
+                for key in ("exp_avg", "exp_avg_sq"):
+                    yield inner.optimizer.state[parameter][key]
+
+
+def test_a_checkpoint_moves_between_layouts_bitwise(quick, moved):
+    """Written at TP 2 x CP 2; loaded in one process, and at TP 2 x DP 2, written there and loaded in one process."""
+    assert moved["first"].keys() == moved["second"].keys()
+    different = [n for n, t in moved["first"].items() if not torch.equal(t, moved["second"][n])]
+    assert different == []
+    gathered = matrix.results(quick, "moved")
+    for name, tensor in moved["first"].items():
+        if f"first {name}" in gathered:
+            assert torch.equal(tensor, gathered[f"first {name}"]), name
+            assert torch.equal(tensor, gathered[f"second {name}"]), name
+    assert any(" state " in name and t.any() for name, t in moved["first"].items())
+
+
+def test_a_moved_checkpoint_is_the_state_of_a_run_that_never_moved(quick, moved):
+    """Moments are in their own parameters' places: those of one process after the same steps, up to rounding."""
+    for name, tensor in moved[None].items():
+        assert (moved["first"][name] - tensor).norm() <= 1e-4 * tensor.norm() + 1e-9, name
+    gathered = matrix.results(quick, "moved")
+    first, second = (gathered[f"{name}, loss of the next step"] for name in ("first", "second"))
+    assert abs(first - second) <= LOSS_BOUND * first
 
 
 @pytest.mark.slow

@@ -121,6 +121,20 @@ def test_stages_without_images_leave_a_training_tower_without_gradient(layout, d
     assert all_equal([p.detach() for p in model.vision_model.parameters()], tower)
 
 
+def test_weight_decay_of_a_tower_without_images_is_adamws(layout, data):
+    """A stage that trains the tower but shows it no image decays it as AdamW says; to keep it, leave it out of
+    `trainer.train`."""
+    model, optimizers = make(layout, optim=replace(OPTIM, weight_decay=0.1))
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if not name.startswith("language_model")}
+    for packs in steps_of(data, 2, ("text",)):
+        assert train_step(model, optimizers, packs, layout, lr=1e-2, divisor="pack").applied
+    parameters = dict(model.named_parameters())
+    for name, tensor in before.items():
+        # Vectors have no decay.
+        expected = tensor * (1 - 1e-2 * 0.1) ** 2 if tensor.dim() > 1 else tensor
+        torch.testing.assert_close(parameters[name].detach(), expected, rtol=1e-6, atol=0, msg=name)
+
+
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_step_that_is_not_finite_changes_nothing(layout, data, where, value):

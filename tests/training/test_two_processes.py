@@ -1,5 +1,6 @@
 """Two processes without a launcher that would end them: errors of one reach the other, and nothing hangs."""
 
+import json
 import os
 import socket
 import subprocess
@@ -12,6 +13,7 @@ import running
 import tiny_runs
 
 from nemovl_train.config.dump import dump_yaml
+from nemovl_train.config.schema import ParallelConfig
 from nemovl_train.exit_codes import ExitCode
 from nemovl_train.training.folder import StageFolder
 
@@ -45,6 +47,15 @@ def poison(self):
     return packs, seconds
 trainer.Trainer._next_packs = poison
 """
+STOP_AFTER_TWO = """
+import signal
+account = trainer.Trainer._account
+def accounted(self, *args):
+    account(self, *args)
+    if self.state.step == 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+trainer.Trainer._account = accounted
+"""
 
 
 def start(config, tmp_path, patch=""):
@@ -71,6 +82,46 @@ def start(config, tmp_path, patch=""):
 @pytest.fixture
 def config(data, tmp_path):
     return tiny_runs.run_config(data, tmp_path / "runs", steps=3)
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        ParallelConfig(cp=2),
+        ParallelConfig(cp=2, mamba_context="head_exchange"),
+        ParallelConfig(tp=2, sequence_parallel=True),
+    ],
+    ids=["cp2", "cp2 heads", "tp2 sp"],
+)
+def test_a_whole_run_with_evaluation_is_that_of_one_process(data, tmp_path, parallel):
+    alone = tiny_runs.with_evaluation(tiny_runs.run_config(data, tmp_path / "alone", steps=3), data)
+    running.run(alone)
+    shared = tiny_runs.with_evaluation(tiny_runs.run_config(data, tmp_path / "shared", steps=3), data)
+    shared = replace(shared, parallel=parallel)
+    codes, texts = start(shared, tmp_path)
+    assert codes == [0, 0], texts
+    for mine, theirs in zip(running.rows(shared), running.rows(alone), strict=True):
+        assert mine.keys() == theirs.keys()
+        for key, value in theirs.items():
+            expected = pytest.approx(value, rel=1e-4) if isinstance(value, float) else value
+            assert mine[key] == expected, (key, theirs["step"])
+    scores = [
+        json.loads((StageFolder.of(config).path / "evaluation.json").read_text())["sources"]["pictures"]
+        for config in (shared, alone)
+    ]
+    assert scores[0] == {**scores[1], "loss": pytest.approx(scores[1]["loss"], rel=1e-4)}
+
+
+def test_a_run_goes_on_in_another_layout(data, tmp_path):
+    """Two of four steps on two context parallel processes, the rest in one: losses of a run that never moved."""
+    alone = tiny_runs.run_config(data, tmp_path / "alone", steps=4)
+    running.run(alone)
+    moving = tiny_runs.run_config(data, tmp_path / "moving", steps=4)
+    codes, texts = start(replace(moving, parallel=ParallelConfig(cp=2)), tmp_path, STOP_AFTER_TWO)
+    assert codes == [ExitCode.REQUEUE, ExitCode.REQUEUE], texts
+    assert running.run(moving).code == ExitCode.OK
+    losses = [[row["loss"] for row in running.rows(config)] for config in (moving, alone)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_both_learn_that_the_folder_holds_another_run(config, tmp_path):

@@ -1,0 +1,64 @@
+"""What a rank knows of a pack: its documents, cut into pieces, and its own queries."""
+
+import pytest
+import torch
+
+from nemovl_train.model.packing import PackParams
+
+LENGTHS = (5, 11, 1, 7, 8)  # 32 tokens; documents start at 0, 5, 16, 17 and 24
+IDS = torch.repeat_interleave(torch.arange(5), torch.tensor(LENGTHS)).int()
+
+
+def pack(context=None):
+    ends = torch.tensor([0, *LENGTHS]).cumsum(0).int()
+    return PackParams.from_boundaries(torch.cat([ends, ends[-1:]]), IDS[None], 16, context)
+
+
+@pytest.mark.parametrize("context", [range(0, 32), range(0, 16), range(16, 32), range(8, 24)])
+@pytest.mark.parametrize("longest", [4, 8, 32])
+def test_pieces_number_documents_from_the_token_before(context, longest):
+    pieces = pack(context).pieces(whole=False, longest=longest, halo=3)
+    positions = torch.arange(context.start, context.stop)
+    assert torch.equal(torch.cat([positions[p.tokens] for p in pieces]), positions)
+    for piece in pieces:
+        tokens = positions[piece.tokens]
+        assert len(tokens) <= longest
+        first = int(tokens[0])
+        if first == 0:
+            assert torch.equal(piece.ids[0], IDS[tokens])
+            assert piece.halo_ids.numel() == 0
+        else:
+            # 0 goes on with the document of the token before: that, and nothing later, may see a state from before.
+            assert torch.equal(piece.ids[0] == 0, IDS[tokens] == IDS[first - 1])
+            assert torch.equal(piece.halo_ids == 0, IDS[first - 3 : first] == IDS[first - 1])
+        assert piece.ids.dtype == torch.int32
+
+
+def test_pieces_of_the_whole_pack_do_not_ask_for_the_context():
+    pieces = pack(range(16, 32)).pieces(whole=True, longest=32, halo=3)
+    assert [p.tokens for p in pieces] == [slice(0, 32)]
+    assert torch.equal(pieces[0].ids[0], IDS)
+
+
+def test_pieces_are_made_once():
+    params = pack()
+    assert params.pieces(whole=True, longest=8, halo=3) is params.pieces(whole=True, longest=8, halo=3)
+
+
+@pytest.mark.parametrize("context", [range(0, 16), range(16, 32), range(6, 10), range(24, 32)])
+def test_own_queries_end_where_their_keys_end(context):
+    params = pack(context)
+    found = {
+        key
+        for queries, keys in params.own_queries.documents
+        for key in [(range(queries.start, queries.stop), range(keys.start, keys.stop))]
+    }
+    expected = set()
+    for number in IDS[context.start : context.stop].unique().tolist():
+        document = (number == IDS).nonzero()[:, 0].tolist()
+        mine = [i for i in document if i in context]
+        seen = [i for i in document if i <= mine[-1]]
+        start = context.start
+        expected.add((range(mine[0] - start, mine[-1] + 1 - start), range(seen[0], seen[-1] + 1)))
+    assert found == expected
+    assert torch.equal(params.position_ids, torch.cat([torch.arange(n) for n in LENGTHS])[context.start : context.stop])
