@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines import verbs_bring, verbs_look
+from data_pipelines.arguments import Subparsers, add_json
 
 _VERBS = (
     verbs_bring.add_import,
@@ -17,8 +18,6 @@ _VERBS = (
     verbs_bring.add_render_pdf,
 )
 """Parsers, in the order of --help."""
-
-type Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 def make_demo(out: Path, *, seed: int = 1234, scale: float = 1.0) -> dict[str, Any]:
@@ -40,7 +39,7 @@ def add_data_commands(subparsers: Subparsers) -> Subparsers:
     demo.add_argument("--out", type=Path, required=True, help="folder to write (left alone when it is complete)")
     demo.add_argument("--seed", type=int, default=1234, help="seed of the generators (default: %(default)s)")
     demo.add_argument("--scale", type=float, default=1.0, help="factor on the sample counts (default: %(default)s)")
-    demo.add_argument("--json", action="store_true", help="print the result as JSON")
+    add_json(demo)
     demo.set_defaults(run=_run_make_demo)
     for add_verb in _VERBS:
         add_verb(verbs)

@@ -5,8 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_pipelines.cli import Subparsers
-from nemovl_train.exceptions import UserError
+from data_pipelines.arguments import Subparsers, add_json, check_positive
 from nemovl_train.exit_codes import ExitCode
 
 if TYPE_CHECKING:
@@ -35,7 +34,7 @@ def add_recipe_verbs(verbs: Subparsers) -> None:
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="recipe=NAME [key=value ...]", help="as for `nemovl train`")
     parser.add_argument("--config-dir", type=Path, help="search this folder for config groups first")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    add_json(parser)
 
 
 def _config(args: argparse.Namespace) -> "RunConfig":
@@ -46,15 +45,8 @@ def _config(args: argparse.Namespace) -> "RunConfig":
     return compose_run(recipe, overrides, config_dirs=[args.config_dir] if args.config_dir else [])
 
 
-def _at_least_one(args: argparse.Namespace, *names: str) -> None:
-    for name in names:
-        value = getattr(args, name)
-        if value is not None and not value >= 1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: at least 1")
-
-
 def _plan(args: argparse.Namespace) -> int:
-    _at_least_one(args, "windows", "ranks")
+    check_positive(args, "windows", "ranks")
     config = _config(args)
     from data_pipelines.forecast import as_text, forecast
     from data_pipelines.loader import open_sources, plan_of
@@ -74,7 +66,7 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    _at_least_one(args, "packs", "gpu_tokens_per_s")
+    check_positive(args, "packs", "gpu_tokens_per_s")
     config = _config(args)
     from data_pipelines.bench import as_text, bench
 

@@ -121,7 +121,11 @@ def _whole(folder: Path, split: str) -> pa.Table:
     info = read_info(folder)
     if split not in info["splits"]:
         raise DataError(f"{folder} has no split {split!r}; it has {', '.join(sorted(info['splits']))}")
-    return pq.read_table(_original(folder, split))
+    path = _original(folder, split)
+    try:
+        return pq.read_table(path, page_checksum_verification=True)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is damaged: {error}; copy the folder again, or import the source again") from error
 
 
 def _original(folder: Path, split: str) -> Path:

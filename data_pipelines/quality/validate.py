@@ -8,6 +8,7 @@ from typing import Any
 
 from data_pipelines.dataset import Dataset, read_info
 from data_pipelines.exceptions import DataError
+from data_pipelines.manifest import file_sha256, manifest_name
 from data_pipelines.media.rules import RenderRules
 from data_pipelines.processes import process_pool
 from data_pipelines.quality.checks import ERROR, WARNING, Problem, SampleChecks
@@ -98,6 +99,7 @@ def validate(
     for name in [split] if split else list(info["splits"]):
         try:
             rows = len(Dataset.open(folder, name))
+            _check_manifest(folder, name, info["splits"][name]["manifest_sha256"])
         except DataError as error:
             fix = "copy the folder again, or import the source again"
             problems.append(Problem(ERROR, "folder", name, -1, "", "dataset.json", str(error), fix))
@@ -112,6 +114,13 @@ def validate(
         lengths_checked=place is not None and not fast,
         problems=problems,
     )
+
+
+def _check_manifest(folder: Path, split: str, expected: str) -> None:
+    """Opening a dataset looks at the manifest's footer alone, and at a page when it is read."""
+    path = folder / manifest_name(split)
+    if file_sha256(path) != expected:
+        raise DataError(f"{path} is damaged: SHA-256 differs from the one in dataset.json")
 
 
 def _check_split(spec: _Spec, rows: int, workers: int) -> list[Problem]:

@@ -38,7 +38,7 @@ def test_bench_as_json(recipe, capsys):
     ("argv", "reason"),
     [
         (["--ranks", "3"], "--ranks 3: a step has 2 packs, so 1 to 2 ranks can share it"),
-        (["--windows", "0"], "--windows 0: at least 1"),
+        (["--windows", "0"], "--windows 0 must be above 0"),
         (["data.sources.pictures.path=nowhere"], "no dataset at nowhere"),
         (["data.packing=bfs"], "did you mean bfd"),
     ],

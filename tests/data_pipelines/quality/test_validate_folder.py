@@ -9,6 +9,7 @@ import pytest
 from data_pipelines import shards
 from data_pipelines.exceptions import DataError
 from data_pipelines.quality.checks import text_problems, think_problem
+from data_pipelines.quality.quarantine import set_aside
 from data_pipelines.quality.validate import validate
 from data_pipelines.show import templates
 
@@ -96,6 +97,20 @@ def test_a_folder_that_is_not_whole_is_an_error_of_its_own(
         validate(mixed_folder, tokenizer=other_tokenizer_folder)
     with pytest.raises(DataError, match="no split 'dev'"):
         validate(mixed_folder, split="dev")
+
+
+def test_a_damaged_page_of_the_manifest_is_found(tmp_path, mixed_folder):
+    folder = tmp_path / "copy"
+    shutil.copytree(mixed_folder, folder)
+    path = folder / "train.parquet"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 1
+    path.write_bytes(data)
+    (problem,) = validate(folder, fast=True).problems
+    assert (problem.check, problem.row) == ("folder", -1)
+    assert "train.parquet is damaged" in problem.reason
+    with pytest.raises(DataError, match=r"train\.parquet is damaged"):
+        set_aside(folder, "train", {"key": "why"})
 
 
 def test_lengths_counted_otherwise_are_found(tmp_path, write, record, tokenizer_folder, monkeypatch):
