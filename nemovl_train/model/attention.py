@@ -165,7 +165,7 @@ class TorchAttention(MegatronModule):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
         """[B, heads, L, D] each -> [B, Q, L, D]. The last query and the last key are one token."""
-        options = {"scale": self.scale, "enable_gqa": query.shape[1] != key.shape[1]}
+        options: dict[str, Any] = {"scale": self.scale, "enable_gqa": query.shape[1] != key.shape[1]}
         queries, keys = query.shape[2], key.shape[2]
         if not causal or queries == keys:
             return F.scaled_dot_product_attention(query, key, value, is_causal=causal, **options)

@@ -456,7 +456,7 @@ def _states_before(scans: list[Any], group: dist.ProcessGroup | None) -> tuple[l
     for scan in scans:
         scan.independent()
     state, rank_lefts = torch.zeros_like(added), left.unsqueeze(0)
-    if gathering is not None:
+    if group is not None and gathering is not None:
         addeds, rank_lefts = gathering.wait().split([added.numel(), left.numel()], dim=1)
         rank = group.rank()
         if rank:
@@ -481,7 +481,7 @@ def _gradients_after(
     for scan in scans:
         scan.independent()
     last = torch.zeros_like(total)
-    if gathering is not None:
+    if group is not None and gathering is not None:
         totals, rank = gathering.wait(), group.rank()
         if rank < group.size() - 1:
             passed = rank_lefts[rank + 1 : -1].cumprod(0)

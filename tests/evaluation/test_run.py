@@ -84,11 +84,11 @@ def test_exact_match_is_greedy_generation(model, layout, tokenizer, monkeypatch)
     records = [small_vlm.question(f"what {n} is this?" * (1 + n % 3), images=n % 2) for n in range(12)]
     media = [{"0.png": small_vlm.picture(n)} if n % 2 else {} for n in range(12)]
     prompts = [build_prompt(r, m, tokenizer, small_vlm.RULES) for r, m in zip(records, media, strict=True)]
-    free = generate(model, prompts, device=layout.device, max_new_tokens=NEW_TOKENS)
+    free = generate(model, prompts, max_new_tokens=NEW_TOKENS)
     inner = [i for ids in free for i in set(ids[1:])]
     eos = max(set(inner), key=inner.count)  # the token that ends most answers plays the end of turn
     monkeypatch.setattr(model, "sizes", replace(model.sizes, tokens=replace(model.sizes.tokens, eos=eos)))
-    answers = generate(model, prompts, device=layout.device, max_new_tokens=NEW_TOKENS)
+    answers = generate(model, prompts, max_new_tokens=NEW_TOKENS)
     forced = tokenizer.encode_text(NO_TRACE)
     newline = tokenizer.encode_text("\n")
     matches = 0
@@ -111,7 +111,7 @@ def test_exact_match_is_greedy_generation(model, layout, tokenizer, monkeypatch)
 def test_what_is_given_or_follows_the_end_is_not_scored(switch, given, model, layout, tokenizer, monkeypatch):
     """The random model writes neither the given prefix nor the newline: a match shows that they do not count."""
     prompt = build_prompt(small_vlm.question(f"what is this?{switch}"), {}, tokenizer, small_vlm.RULES)
-    written = generate(model, [prompt], device=layout.device, max_new_tokens=NEW_TOKENS)[0]
+    written = generate(model, [prompt], max_new_tokens=NEW_TOKENS)[0]
     eos = next(i for i in written[1:] if i != written[0])
     answer = written[: written.index(eos)]
     monkeypatch.setattr(model, "sizes", replace(model.sizes, tokens=replace(model.sizes.tokens, eos=eos)))
@@ -130,7 +130,7 @@ def test_what_is_given_or_follows_the_end_is_not_scored(switch, given, model, la
 
 def test_every_turn_of_a_sample_must_match(model, layout, tokenizer, monkeypatch):
     prompt = build_prompt(small_vlm.question("what is this?"), {}, tokenizer, small_vlm.RULES)
-    written = generate(model, [prompt], device=layout.device, max_new_tokens=NEW_TOKENS)[0]
+    written = generate(model, [prompt], max_new_tokens=NEW_TOKENS)[0]
     eos = next(i for i in written[1:] if i != written[0])
     first = finished(prompt, written[: written.index(eos)], [eos], 0)
     labels = first.labels.clone()
@@ -144,7 +144,7 @@ def test_every_turn_of_a_sample_must_match(model, layout, tokenizer, monkeypatch
 def test_a_sample_without_the_end_of_a_turn_matches_nothing(model, layout, tokenizer):
     """All of its tokens are right, but generation would not have stopped there."""
     prompt = build_prompt(small_vlm.question("what is this?"), {}, tokenizer, small_vlm.RULES)
-    written = generate(model, [prompt], device=layout.device, max_new_tokens=NEW_TOKENS)[0]
+    written = generate(model, [prompt], max_new_tokens=NEW_TOKENS)[0]
     absent = next(i for i in range(300) if i not in written)
     assert score_pack(model, finished(prompt, written, [], 0), layout, forced=[], eos=absent).matches == 0
 

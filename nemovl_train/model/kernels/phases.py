@@ -159,9 +159,9 @@ def conv_backward(
     with torch.enable_grad():
         x_leaf, weight_leaf, bias_leaf, halo_leaf = leaves
         out = conv_forward(x_leaf, weight_leaf, bias_leaf, ids, halo_leaf, halo_ids)
-    grad_x, *others = torch.autograd.grad(out, leaves, grad)
+    grad_x, grad_weight, grad_bias, grad_halo = torch.autograd.grad(out, leaves, grad)
     into.copy_(grad_x)
-    return tuple(others)
+    return grad_weight, grad_bias, grad_halo
 
 
 def _joined(halo_ids: Tensor, ids: Tensor) -> Tensor:
