@@ -107,7 +107,7 @@ def _open(data: bytes) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is lower and an error
             image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError as error:  # its text holds a memory address, another one every time
-        raise DataError(f"not a readable image: none of {', '.join(FORMATS)}") from error
+        raise DataError(f"not a readable image ({', '.join(FORMATS)} are accepted)") from error
     except (Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
         raise DataError(f"not a readable image ({', '.join(FORMATS)} are accepted): {error}") from error
     if image.width * image.height > MAX_PIXELS:
