@@ -23,7 +23,6 @@ from nemovl_train.inference.generate import generate
 from nemovl_train.inference.prompt import Prompt, build_prompt
 from nemovl_train.model.vlm import NemotronVL
 from nemovl_train.parallel.agree import on_first_rank
-from nemovl_train.parallel.layout import Layout
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +32,7 @@ MAX_PICTURES = 4
 
 
 def write_predictions(
-    model: NemotronVL, config: RunConfig, data: DataConfig, tokenizer: TextTokenizer, layout: Layout, folder: Path
+    model: NemotronVL, config: RunConfig, data: DataConfig, tokenizer: TextTokenizer, folder: Path
 ) -> None:
     """Answer the first few questions of every held-out set and write `predictions.json` beside their pictures."""
     rules = RenderRules.from_config(data)

@@ -101,8 +101,7 @@ def evaluate_stage(
         if interrupted():
             return None
         rows[name] = score_source(model, data, name, config, layout, tokenizer).row()
-    if layout.pack_ranks == 1:
-        write_predictions(model, config, data, tokenizer, layout, folder)
+    write_predictions(model, config, data, tokenizer, folder)
     model.train()
     result = {"step": step, "seconds": time.perf_counter() - began, "sources": rows}
     on_first_rank(lambda: replace_text(folder / "evaluation.json", json.dumps(result, indent=1)))

@@ -37,7 +37,7 @@ def most_likely(logits_MV: Tensor, tokens: TokenIds) -> Tensor:
 
 @torch.no_grad()
 def generate(model: NemotronVL, prompts: Sequence[Prompt], *, max_new_tokens: int = 64) -> list[list[int]]:
-    """Most likely continuation of each prompt.
+    """Most likely continuation of each prompt. Collective for the ranks that share the model.
 
     Args:
         model: Model in evaluation mode.
@@ -54,7 +54,7 @@ def generate(model: NemotronVL, prompts: Sequence[Prompt], *, max_new_tokens: in
     for _ in range(max_new_tokens):
         if not open_prompts:
             break
-        pack, last = pack_prompts([current[i] for i in open_prompts], pad=tokens.pad)
+        pack, last = pack_prompts([current[i] for i in open_prompts], pad=tokens.pad, ranks=model.layout.pack_ranks)
         logits_MV = model.logits(PackBatch.from_pack(pack, model.layout), last.to(model.layout.device))
         still_open = []
         for index, token in zip(open_prompts, most_likely(logits_MV, tokens).tolist(), strict=True):

@@ -5,6 +5,7 @@ Shape suffixes: S tokens, T tiles, P tile side in pixels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -68,12 +69,13 @@ def build_prompt(
     return Prompt(tuple(encoded.input_ids.tolist()), torch.cat([empty, *placed]), tuple(encoded.tile_start.tolist()))
 
 
-def pack_prompts(prompts: Sequence[Prompt], *, pad: int) -> tuple[Pack, Tensor]:
+def pack_prompts(prompts: Sequence[Prompt], *, pad: int, ranks: int = 1) -> tuple[Pack, Tensor]:
     """Several prompts in one sequence, each a document of its own.
 
     Args:
         prompts: Prompts to answer together.
         pad: Id that fills the tail.
+        ranks: Ranks that will share its tokens.
 
     Returns:
         The pack, and for each prompt the position of its last token, [len(prompts)] int64.
@@ -81,7 +83,9 @@ def pack_prompts(prompts: Sequence[Prompt], *, pad: int) -> tuple[Pack, Tensor]:
     lengths = np.array([len(prompt.input_ids) for prompt in prompts])
     ends = lengths.cumsum()
     used = int(ends[-1])
-    size = -(-used // LENGTH_BUCKET) * LENGTH_BUCKET
+    # Equal shares, none shorter than a convolution's reach.
+    unit = math.lcm(LENGTH_BUCKET, 4 * ranks)
+    size = -(-used // unit) * unit
     documents = [*lengths.tolist(), size - used] if size > used else lengths.tolist()
     ids = np.full(size, pad, dtype=np.int64)
     ids[:used] = np.concatenate([prompt.input_ids for prompt in prompts])

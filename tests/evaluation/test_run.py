@@ -165,7 +165,7 @@ def test_a_damaged_picture_is_left_out_of_the_predictions(model, layout, tokeniz
         data=DataConfig(tokenizer=str(tokenizer.path.parent), **media),
         evaluation=EvalConfig(sources={"pictures": str(folder)}, seq_length=160, predictions=3),
     )
-    write_predictions(model, config, evaluation_data(config), tokenizer, layout, tmp_path)
+    write_predictions(model, config, evaluation_data(config), tokenizer, tmp_path)
     found = json.loads((tmp_path / "predictions.json").read_text())
     assert [row["key"] for row in found] == ["i0", "i2"]
     assert "no prediction for sample 'i1' of pictures" in caplog.text

@@ -11,7 +11,7 @@ from gpu_packs import relative
 
 from nemovl_train.model import mixer
 from nemovl_train.model.kernels import dispatch
-from nemovl_train.model.mixer import MambaParameters, MambaSizes
+from nemovl_train.model.mamba_parts import MambaParameters, MambaSizes
 from nemovl_train.model.packing import PackParams
 
 pytestmark = pytest.mark.gpu

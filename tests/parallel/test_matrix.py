@@ -9,6 +9,7 @@ from dataclasses import replace
 import matrix
 import pytest
 import torch
+from matrix_packs import MODEL, alone_pack, make_packs
 
 from nemovl_train.checkpoint import sealed
 from nemovl_train.config.schema import ParallelConfig
@@ -91,7 +92,7 @@ def test_a_document_in_a_pack_is_as_alone(name, quick, documents_alone):
     """Every layout's packed logits against each document in a pack of its own, in one process."""
     found = matrix.results(quick, name)
     assert found["rows moved in other documents"] == 0
-    pack = matrix.make_packs("images")[0]
+    pack = make_packs("images")[0]
     assert matrix.CASES[name].packs in ("images", "first")  # both have images in this pack
     for number, expected in enumerate(documents_alone):
         begin, end = pack.cu_seqlens[number : number + 2].tolist()
@@ -101,12 +102,12 @@ def test_a_document_in_a_pack_is_as_alone(name, quick, documents_alone):
 
 @pytest.fixture(scope="module")
 def documents_alone(one_process):
-    model, _, _ = matrix.make_trainer(matrix.Case(), matrix.MODEL, one_process)
-    pack = matrix.make_packs("images")[0]
+    model, _, _ = matrix.make_trainer(matrix.Case(), MODEL, one_process)
+    pack = make_packs("images")[0]
     logits = []
     with torch.no_grad():
         for number, _ in enumerate(pack.sample_keys):
-            alone = matrix.alone_pack(pack, number)
+            alone = alone_pack(pack, number)
             length = int(alone.cu_seqlens[1])
             logits.append(model.logits(PackBatch.from_pack(alone, one_process))[:length])
     return logits
@@ -117,10 +118,10 @@ def moved(quick, one_process):
     """Parameters and optimizer state of both checkpoints, loaded in one process, and of a run that never moved."""
     found = {}
     for name in ("first", "second", None):
-        model, optimizers, optim = matrix.make_trainer(matrix.MOVED, matrix.MODEL, one_process)
+        model, optimizers, optim = matrix.make_trainer(matrix.MOVED, MODEL, one_process)
         if name is None:
             for _ in range(matrix.MOVED.steps):
-                train_step(model, optimizers, matrix.make_packs("images"), one_process, lr=optim.lr, divisor="global")
+                train_step(model, optimizers, make_packs("images"), one_process, lr=optim.lr, divisor="global")
         else:
             folder = sealed.step_folder(quick / name, matrix.MOVED.steps)
             sealed.load(folder, model=model, optimizer=optimizers)

@@ -105,11 +105,10 @@ def test_a_whole_run_with_evaluation_is_that_of_one_process(data, tmp_path, para
         for key, value in theirs.items():
             expected = pytest.approx(value, rel=1e-4) if isinstance(value, float) else value
             assert mine[key] == expected, (key, theirs["step"])
-    scores = [
-        json.loads((StageFolder.of(config).path / "evaluation.json").read_text())["sources"]["pictures"]
-        for config in (shared, alone)
-    ]
+    folders = [StageFolder.of(config).path for config in (shared, alone)]
+    scores = [json.loads((folder / "evaluation.json").read_text())["sources"]["pictures"] for folder in folders]
     assert scores[0] == {**scores[1], "loss": pytest.approx(scores[1]["loss"], rel=1e-4)}
+    assert len({(folder / "predictions.json").read_text() for folder in folders}) == 1
 
 
 def test_a_run_goes_on_in_another_layout(data, tmp_path):
