@@ -71,9 +71,9 @@ def compare(args: argparse.Namespace) -> None:
         rows = {
             name: json.loads(path.read_text()) for name in names if (path := Path(folder) / f"{name}.json").exists()
         }
-    if not rows:
-        sys.exit("no layout finished")
-    reference = next(iter(rows.values()))
+    if names[0] not in rows:
+        sys.exit(f"{names[0]}, with which the others are compared, did not finish")
+    reference = rows[names[0]]
     for row in rows.values():
         for key in ("loss", "grad_norm"):
             pairs = zip(row[key], reference[key], strict=True)
@@ -83,6 +83,7 @@ def compare(args: argparse.Namespace) -> None:
         "date": time.strftime("%Y-%m-%d"),
         "command": " ".join(["python", *sys.argv]),
         "versions": {name: _version(name) for name in ("torch", "megatron-core", "transformer-engine", "mamba-ssm")},
+        "reference": names[0],
         "layouts": rows,
     }
     args.out.write_text(json.dumps(result, indent=1))

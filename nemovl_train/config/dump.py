@@ -18,6 +18,8 @@ REDACTED = "***"
 RESUME_MAY_CHANGE = (
     "parallel",
     "precision.backend",
+    "optim.overlap_grad_reduce",
+    "optim.overlap_param_gather",
     "data.num_workers",
     "trainer.max_bad_steps",
     "trainer.threads",

@@ -20,7 +20,6 @@ POSITIONS = ("none", "rope")
 VISION_ACTIVATIONS = ("gelu", "gelu_tanh")
 PARAMS = ("fp32", "bf16")
 BACKENDS = ("auto", "te", "torch")
-MAMBA_CONTEXTS = ("state_passing", "head_exchange")
 DIVISORS = ("global", "pack")
 MAKERS = ("none", "tiny")
 GPUS = ("h100_80gb", "h200_141gb")
@@ -300,7 +299,6 @@ def _rest(config: RunConfig) -> Iterator[str]:
 
 def _layout(config: RunConfig) -> Iterator[str]:
     parallel = config.parallel
-    yield from _choice("parallel.mamba_context", parallel.mamba_context, MAMBA_CONTEXTS)
     group = parallel.tp * parallel.cp
     found = layout_problems(parallel, max(group, 1), config.model.language)
     yield from found

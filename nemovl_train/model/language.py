@@ -214,7 +214,8 @@ def collect_weights(module: torch.nn.Module) -> None:
     With `overlap_param_gather` updated weights are collected by hooks that run when their module is called; the loss
     takes the head's weight without calling the head.
     """
-    for hook in module._forward_pre_hooks.values():
+    for number, hook in module._forward_pre_hooks.items():
+        assert number not in module._forward_pre_hooks_with_kwargs, "megatron-core's hooks take module and input"
         hook(module, ())
 
 

@@ -57,8 +57,12 @@ class MambaSizes:
 
     @property
     def longest_piece(self) -> int:
-        """Most tokens, in whole chunks, whose offsets the kernels can count."""
-        return max(LONGEST_OFFSET // sum(self.columns) // self.chunk, 1) * self.chunk
+        """Most tokens, in whole chunks, whose offsets the kernels can count in their widest tensor.
+
+        Per token that is the projection's output, a chunk's state, or the partial gradients of B and C.
+        """
+        widest = max(sum(self.columns), self.inner * self.state // self.chunk, self.heads * self.state)
+        return max(LONGEST_OFFSET // widest // self.chunk, 1) * self.chunk
 
     def shared(self, ranks: int) -> MambaSizes:
         """Sizes when ranks share the heads."""

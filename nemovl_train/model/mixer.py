@@ -38,6 +38,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from nemovl_train.model.kernels import dispatch
 from nemovl_train.model.kernels.phases import ScanInputs, TokenGradients
@@ -265,6 +266,7 @@ class _ScanAcrossRanks(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         sizes, pieces, group = ctx.sizes, ctx.pieces, ctx.group
         saved = iter(ctx.saved_tensors)

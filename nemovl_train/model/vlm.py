@@ -156,18 +156,13 @@ class NemotronVL(MegatronModule):
         """
         language = self._language()
         hidden = language.hidden_states(self._embeddings(batch), batch.params)
-        if self.layout.cp > 1:
+        if self.layout.cp > 1 or self.layout.sequence_parallel:
             return self._logits_across_ranks(hidden, positions_M)
-        if positions_M is None:
-            return language.logits(hidden)
-        if self.layout.sequence_parallel:
-            # The head gathers the rows of all ranks; only then do positions count over the whole pack.
-            return language.logits(hidden).index_select(0, positions_M)
-        return language.logits(hidden.index_select(0, positions_M))
+        return language.logits(hidden if positions_M is None else hidden.index_select(0, positions_M))
 
     @torch.no_grad()
     def _logits_across_ranks(self, hidden: Tensor, positions_M: Tensor | None) -> Tensor:
-        """The head over the rows of all context parallel ranks, which each rank of the head computes alike."""
+        """The head over rows of all ranks: only once they are gathered do positions count over the whole pack."""
         if self.layout.sequence_parallel:
             hidden = gather_tokens(hidden, self.layout.language_groups.tp)
         hidden = gather_tokens(hidden, self.layout.language_groups.cp)
@@ -203,8 +198,7 @@ class NemotronVL(MegatronModule):
             features = features.index_select(0, plan.outgoing.to(features.device, non_blocking=True))
             features = exchange_rows(features, plan.send, plan.receive, layout.language_groups.tp_cp)
         if features.requires_grad and layout.tp > 1 and not layout.sequence_parallel:
-            # All tensor parallel ranks hold these rows and the whole gradient of each; the owner gets their sum.
-            features.register_hook(lambda gradient: gradient / layout.tp)
+            _divide_gradient(features, layout.tp)
         return embeddings.index_copy(0, rows, features.unsqueeze(1))
 
     def _dealt_features(self, tiles: Tensor) -> Tensor:
@@ -245,6 +239,11 @@ class NemotronVL(MegatronModule):
             state |= module.sharded_state_dict(f"{prefix}{ATTRIBUTES[part]}.", sharded_offsets, own)
         # Plain linears write empty entries there, Transformer Engine's would hold FP8 histories that we do not use.
         return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
+
+
+def _divide_gradient(features: Tensor, copies: int) -> None:
+    """All tensor parallel ranks hold these rows and the whole gradient of each; the owner gets the sum of `copies`."""
+    features.register_hook(lambda gradient: gradient / copies)
 
 
 def build_model(

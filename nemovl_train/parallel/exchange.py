@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def scatter_columns(parts: Sequence[Tensor], group: dist.ProcessGroup) -> tuple[Tensor, ...]:
@@ -87,6 +88,7 @@ class _AllToAll(torch.autograd.Function):
         return _swap(x, group)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _swap(grad, ctx.group), None
 
@@ -107,10 +109,13 @@ class _GatherTokens(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        out = grad.new_empty(grad.shape[0] // ctx.group.size(), *grad.shape[1:])
-        dist.reduce_scatter_tensor(out, grad.contiguous(), group=ctx.group)
-        return out, None
+        # Summed in float32 at least: with many ranks a sum in bf16 would lose what one kernel over all queries keeps.
+        wide = grad.to(torch.promote_types(grad.dtype, torch.float32)).contiguous()
+        out = wide.new_empty(wide.shape[0] // ctx.group.size(), *wide.shape[1:])
+        dist.reduce_scatter_tensor(out, wide, group=ctx.group)
+        return out.to(grad.dtype), None
 
 
 class _ExchangeRows(torch.autograd.Function):
@@ -120,6 +125,7 @@ class _ExchangeRows(torch.autograd.Function):
         return _swap_rows(rows, send, receive, group)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         return _swap_rows(grad, ctx.receive, ctx.send, ctx.group), None, None, None
 

@@ -4,6 +4,9 @@ from collections.abc import Iterable
 
 from nemovl_train.config.schema import LanguageConfig, ParallelConfig
 
+MAMBA_CONTEXTS = ("state_passing", "head_exchange")
+"""Forms of Mamba layers under context parallelism."""
+
 
 def layout_problems(parallel: ParallelConfig, world_size: int, language: LanguageConfig | None = None) -> list[str]:
     """Names every reason why a layout cannot run, each with the nearest legal value.
@@ -20,6 +23,10 @@ def layout_problems(parallel: ParallelConfig, world_size: int, language: Languag
     for key, value in (("parallel.tp", parallel.tp), ("parallel.cp", parallel.cp)):
         if value < 1:
             problems.append(f"{key}={value} must be at least 1; set {key}=1")
+    if parallel.mamba_context not in MAMBA_CONTEXTS:
+        problems.append(
+            f"parallel.mamba_context={parallel.mamba_context} is not a choice; choose from {', '.join(MAMBA_CONTEXTS)}"
+        )
     if problems:
         return problems
     product = parallel.tp * parallel.cp

@@ -2,7 +2,8 @@
 
 Tower and projector are replicas on all ranks. The ranks that share a pack (tensor x context parallel) deal its tiles
 among themselves in the order of their tokens: all tiles of a pack have one size, so equal numbers are equal work, and
-neighbouring tiles are mostly needed by one rank. Each feature row then travels once, to the ranks that hold its token.
+neighbouring tiles are mostly needed by one rank. Between data parallel ranks the plan of the data balances: packs that
+share a step are of like cost. Each feature row then travels once, to the ranks that hold its token.
 
 Shape legend: S tokens in a pack, T tiles, K visual tokens of a tile, G ranks that share the pack.
 """

@@ -117,7 +117,8 @@ def train_step(
 ) -> StepResult:
     """One optimizer step over this rank's packs.
 
-    A loss or gradient norm that is not finite on any rank leaves every parameter and moment on every rank as it was.
+    A loss or gradient norm that is not finite on any rank leaves every parameter and moment on every rank as it was:
+    tensor parallel ranks compute one loss together, all others add theirs up.
     """
     began = time.perf_counter()
     scales = loss_scales(packs, divisor, layout)

@@ -13,6 +13,7 @@ import itertools
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,6 +34,7 @@ from nemovl_train.training import optimizer
 from nemovl_train.training.optimizer import Optimizers
 from nemovl_train.training.step import forward_backward, loss_scales, train_step
 
+MOVE = "move of "
 CHANGED = 2
 """Document of the first pack whose tokens change, to see whose logits move."""
 
@@ -79,7 +81,18 @@ def run_in(
 ) -> dict[str, torch.Tensor]:
     """Loss, gradient norm, logits of the first pack, and all gradients or parameters, whole and on the host."""
     with switched_off(case.broken), _pieces_of(case.longest_piece), _small_buckets():
-        return _outcome(case, MODELS[case.model], layout, backend, dtype)
+        found = _outcome(case, MODELS[case.model], layout, backend, dtype)
+    if case.broken is None:
+        _check_replicas(found, layout)
+    return found
+
+
+def _check_replicas(found: dict[str, torch.Tensor], layout: Layout) -> None:
+    """Every rank has what the first has, bit by bit: loss, logits, whole gradients, parameters."""
+    mine = torch.cat([tensor.double().flatten() for tensor in found.values()]).to(layout.device)
+    first = mine.clone()
+    dist.broadcast(first, src=0)
+    assert torch.equal(mine, first), "ranks differ"
 
 
 def _outcome(
@@ -90,13 +103,16 @@ def _outcome(
     packs = [make_packs(case.packs, case.mode)[i] for i in case.order][layout.dp_rank :: layout.dp]
     found = _logits(model, make_packs(case.packs)[0], layout)
     if case.steps:
+        before = {n: whole(p.detach(), p, n, layout) for n, p in model.named_parameters()}
         results = [
             train_step(model, optimizers, packs, layout, lr=optim.lr, divisor=case.divisor) for _ in range(case.steps)
         ]
         optimizers.collect_weights()
         found |= {f"loss {i}": torch.tensor(result.loss) for i, result in enumerate(results)}
         found |= {f"norm {i}": torch.tensor(result.grad_norm) for i, result in enumerate(results)}
-        return found | {n: whole(p.detach(), p, n, layout) for n, p in model.named_parameters()}
+        after = {n: whole(p.detach(), p, n, layout) for n, p in model.named_parameters()}
+        # How far each went, since a step moves a parameter by little of its size.
+        return found | {f"{MOVE}{n}": after[n] - before[n] for n in after}
     scales = loss_scales(packs, case.divisor, layout)
     batches = [PackBatch.from_pack(p, layout).scaled(s) for p, s in zip(packs, scales, strict=True)]
     optimizers.zero_grad()
@@ -177,9 +193,9 @@ def _pieces_of(tokens: int | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _small_buckets() -> Iterator[None]:
-    """Gives every few parameters a bucket of their own, as large models have, so that overlap has something to do."""
+    """Gives every parameter a bucket of its own, so that weights are there only where their own module was called."""
     kept = optimizer._ddp_config
-    optimizer._ddp_config = lambda *args, **kwargs: replace(kept(*args, **kwargs), bucket_size=1000)
+    optimizer._ddp_config = lambda *args, **kwargs: replace(kept(*args, **kwargs), bucket_size=1)
     try:
         yield
     finally:
@@ -218,6 +234,8 @@ BREAKS: dict[str, tuple[object, str, Callable]] = {
     "share of the mixer's parameters": (mixer.MambaParameters, "share", _first_share),
     "keys and values of other ranks": (attention, "gather_tokens", _own_tokens_only),
     "exchange of visual features": (vlm, "exchange_rows", _kept_rows),
+    "division of shared gradients": (vlm, "_divide_gradient", lambda features, copies: None),
+    "collection of weights": (Optimizers, "collect_weights", lambda self: None),
     "reduction of gradients": (Optimizers, "reduce_gradients", lambda self, *a, **k: None),
 }
 
@@ -237,8 +255,10 @@ def switched_off(name: str | None) -> Iterator[None]:
         setattr(owner, attribute, kept)
 
 
-def worst(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> tuple[float, str]:
-    """Largest relative difference in norm over all tensors, and whose it is.
+def worst(
+    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], *, moves: bool = False
+) -> tuple[float, str]:
+    """Largest relative difference in norm over all tensors but parameters' moves, or over those, and whose it is.
 
     The key's third of a fused bias has no gradient but rounding, so biases of that projection count absolutely, against
     the norm of the whole gradient.
@@ -247,6 +267,8 @@ def worst(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
     norm = float(expected.get("norm", torch.tensor(1.0)))
     largest, where = 0.0, ""
     for name, tensor in expected.items():
+        if name.startswith(MOVE) != moves:
+            continue
         difference = float((found[name].double() - tensor.double()).norm())
         scale = norm if name.endswith("linear_qkv.bias") else float(tensor.double().norm())
         if difference == 0.0:
@@ -353,33 +375,44 @@ CONTROLS: dict[str, Case] = {
     "shares": Case(parallel=heads(CP4), broken="share of the mixer's parameters"),
     "keys": Case(parallel=CP4, model="few_heads", broken="keys and values of other ranks"),
     "features": Case(parallel=CP4, broken="exchange of visual features"),
+    "shared gradients": Case(parallel=TP2_CP2, broken="division of shared gradients"),
+    "weights": Case(overlap=True, distributed=True, steps=3, broken="collection of weights"),
     "reduction": Case(parallel=CP2, broken="reduction of gradients"),
 }
-QUICK = ("tp2 sp dp2", "cp4", "tp2 cp2 sp", "cp4 heads", "cp4 few heads", "cp2 dp2 pieces", "cp2 dp2 first")
+QUICK = (
+    *("tp2 sp dp2", "tp2 cp2", "tp2 cp2 sp", "cp4", "cp4 heads", "cp4 few heads", "cp2 dp2 pieces", "cp2 dp2 first"),
+    "cp2 dp2 sharded overlap",
+)
 """The cheapest of each mechanism, for every run of the tests; the rest is for the whole matrix."""
 
-QUICK_CONTROLS = ("states", "keys", "features")
+QUICK_CONTROLS = ("states", "keys", "features", "shared gradients", "weights")
 
 
 def run_ranks(ranks: int, folder: Path, names: Iterable[str], *options: str, timeout_s: int) -> None:
     """Start one process a rank over all cases and wait; what each case gave is then in `folder`.
 
     Raises:
-        AssertionError: A rank failed; with what it wrote.
+        AssertionError: A rank failed or did not end in time; with what it wrote.
     """
     base = [sys.executable, __file__, "--ranks", str(ranks), "--folder", str(folder), *options, "--cases", *names]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    started = [
-        subprocess.Popen([*base, "--rank", str(rank)], env=environment, stderr=subprocess.PIPE, text=True)
-        for rank in range(ranks)
-    ]
-    errors = []
-    try:
-        errors = [process.communicate(timeout=timeout_s)[1] for process in started]
-    finally:
+    with contextlib.ExitStack() as stack:
+        logs = [stack.enter_context((folder / f"rank{rank}.log").open("w+")) for rank in range(ranks)]
+        started = [
+            subprocess.Popen([*base, "--rank", str(rank)], env=environment, stderr=log) for rank, log in enumerate(logs)
+        ]
+        deadline = time.monotonic() + timeout_s
+        # One that failed leaves the others waiting for it.
+        while any(p.poll() is None for p in started) and not any(p.poll() for p in started):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.1)
+        failed = next((rank for rank, p in enumerate(started) if p.poll() != 0), None)
         for process in started:
             process.kill()
-    assert [process.returncode for process in started] == [0] * ranks, "\n".join(errors)
+        if failed is not None:
+            logs[failed].seek(0)
+            raise AssertionError(f"rank {failed} ended with {started[failed].poll()}:\n{logs[failed].read()}")
 
 
 def results(folder: Path, name: str) -> dict[str, torch.Tensor]:

@@ -20,6 +20,8 @@ from nemovl_train.training.step import train_step
 RANKS = 4
 BOUND = 1e-5
 LOSS_BOUND = 5e-6
+# Steps are some 1e-4 of a parameter, whose own rounding is 6e-8.
+MOVE_BOUND = 1e-3
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -67,14 +69,17 @@ def check(folder, name, alone):
     expected, found = alone(case), matrix.results(folder, name)
     error, where = matrix.worst(found, expected)
     assert error <= BOUND, where
+    error, where = matrix.worst(found, expected, moves=True)
+    assert error <= MOVE_BOUND, where
     losses = [key for key in expected if key.startswith("loss")]
     assert losses
     assert all(abs(found[key] - expected[key]) <= LOSS_BOUND * expected[key] for key in losses)
 
 
 def check_control(folder, name, alone):
-    error, _ = matrix.worst(matrix.results(folder, name), alone(matrix.CONTROLS[name]))
-    assert error > 1e-3, "the mechanism makes no difference: the comparison shows nothing"
+    found, expected = matrix.results(folder, name), alone(matrix.CONTROLS[name])
+    error = max(matrix.worst(found, expected, moves=moves)[0] for moves in (False, True))
+    assert error > 10 * MOVE_BOUND, "the mechanism makes no difference: the comparison shows nothing"
 
 
 @pytest.mark.parametrize("name", matrix.QUICK)
@@ -87,7 +92,9 @@ def test_a_broken_layout_does_not(name, quick, alone):
     check_control(quick, name, alone)
 
 
-@pytest.mark.parametrize("name", [name for name in matrix.QUICK if matrix.CASES[name].model == "hybrid"])
+@pytest.mark.parametrize(
+    "name", [name for name in matrix.QUICK if not matrix.CASES[name].steps and matrix.CASES[name].model == "hybrid"]
+)
 def test_a_document_in_a_pack_is_as_alone(name, quick, documents_alone):
     """Every layout's packed logits against each document in a pack of its own, in one process."""
     found = matrix.results(quick, name)

@@ -116,7 +116,10 @@ def test_a_run_goes_on_in_another_layout(data, tmp_path):
     alone = tiny_runs.run_config(data, tmp_path / "alone", steps=4)
     running.run(alone)
     moving = tiny_runs.run_config(data, tmp_path / "moving", steps=4)
-    codes, texts = start(replace(moving, parallel=ParallelConfig(cp=2)), tmp_path, STOP_AFTER_TWO)
+    # Weights that the next forward pass would collect have to be in the checkpoint.
+    overlap = replace(moving.optim, overlap_grad_reduce=True, overlap_param_gather=True)
+    first = replace(moving, parallel=ParallelConfig(cp=2), optim=overlap)
+    codes, texts = start(first, tmp_path, STOP_AFTER_TWO)
     assert codes == [ExitCode.REQUEUE, ExitCode.REQUEUE], texts
     assert running.run(moving).code == ExitCode.OK
     losses = [[row["loss"] for row in running.rows(config)] for config in (moving, alone)]

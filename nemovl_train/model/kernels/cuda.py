@@ -103,6 +103,7 @@ class ForwardScan:
         """[S, H, P]."""
         k = self._chunks
         before = k.before(self._added, entering, k.c.dtype)
+        del self._added
         y, _ = _chunk_scan_fwd(
             k.products(), k.x, k.step, k.log_decay, k.c, before, D=k.inputs.d, z=None, seq_idx=k.inputs.ids
         )
@@ -138,7 +139,7 @@ class BackwardScan:
         grad_added, grad_chunk_log, _, before = _state_passing_bwd(
             before.flatten(3),
             k.chunk_log_decay,
-            self._grad_before.flatten(3),
+            self.__dict__.pop("_grad_before").flatten(3),
             dfinal_states=leaving.flatten(1).unsqueeze(0),
             seq_idx=i.ids,
             has_initial_states=True,

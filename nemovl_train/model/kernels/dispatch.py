@@ -89,7 +89,7 @@ def mamba_inner(
 ) -> Tensor:
     """All of a Mamba-2 layer between its two projections: convolution, scan, gated norm.
 
-    On CUDA this is one kernel call that keeps only its input for backward.
+    On CUDA this is one kernel call that keeps its input, the scan's output and the norm's statistics for backward.
 
     Args:
         projected: [S, 2 * H * P + 2 * G * N + H], columns z, x, B, C, dt.

@@ -51,7 +51,7 @@ class ScanInputs:
 
 @dataclass(frozen=True, eq=False)
 class TokenGradients:
-    """Where the gradients of x, dt, b and c of `ScanInputs` are written; same shapes, parts of larger buffers."""
+    """Where the gradients of x, dt, b and c of `ScanInputs` are written: same shapes, as a whole, views of buffers."""
 
     x: Tensor
     dt: Tensor
@@ -81,7 +81,7 @@ class ForwardScan:
         """Runs what does not depend on the state before the piece; on a GPU the exchange goes on meanwhile."""
 
     def outputs(self, entering: Tensor) -> Tensor:
-        """[S, H, P], given the state before the piece [H, P, N]."""
+        """[S, H, P], given the state before the piece [H, P, N]. Asked once."""
         y, _ = _scan(self._inputs, self._inputs.differentiable(), entering)
         return y
 
@@ -110,7 +110,7 @@ class BackwardScan:
         """As in `ForwardScan`."""
 
     def gradients(self, leaving: Tensor, into: TokenGradients) -> tuple[Tensor, Tensor, Tensor]:
-        """Everything else, given the gradient of the state after the piece [H, P, N].
+        """Everything else, given the gradient of the state after the piece [H, P, N]. Asked once.
 
         Returns:
             Gradients of a, d and dt_bias, [H] float32; the others are written where `into` says.
