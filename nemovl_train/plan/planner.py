@@ -210,8 +210,26 @@ def _warnings(plan: Plan) -> Iterator[str]:
 def _does_not_fit(plan: Plan) -> Iterator[str]:
     lacks = -plan.headroom / 2**30
     helps = [name for name, row in would_fit(plan).items() if row["fits"]]
-    advice = f"it would fit with {helps[0]}, which training cannot do yet" if helps else "nothing planned makes it fit"
+    if layout := _fitting_layout(plan):
+        advice = f"set {layout}"
+    elif helps:
+        advice = f"it would fit with {helps[0]}, which training cannot do yet"
+    else:
+        advice = "nothing planned makes it fit"
     yield f"does not fit: {lacks:.1f} GiB are missing on each {plan.gpu.name}; {advice}"
+
+
+def _fitting_layout(plan: Plan) -> str | None:
+    """Options of the fastest legal layout on the same GPUs that fits; None where none does."""
+    from nemovl_train.plan.search import search  # which makes plans
+
+    config = plan.config
+    best = search(replace(config, cluster=replace(config.cluster, gpus=plan.grid.gpus)))[0]
+    if not best.fits:
+        return None
+    parallel = best.config.parallel
+    sequence_parallel = str(parallel.sequence_parallel).lower()
+    return f"parallel.tp={parallel.tp} parallel.cp={parallel.cp} parallel.sequence_parallel={sequence_parallel}"
 
 
 def _wrong_steps(plan: Plan) -> Iterator[str]:

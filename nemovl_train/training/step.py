@@ -76,13 +76,16 @@ def loss_scales(packs: Sequence[Pack], divisor: str, layout: Layout) -> list[flo
 
 
 def forward_backward(
-    model: NemotronVL, batches: Sequence[PackBatch], layout: Layout, *, forward_only: bool = False
+    model: NemotronVL, packs: Sequence[Pack], scales: Sequence[float], layout: Layout, *, forward_only: bool = False
 ) -> torch.Tensor:
-    """Run every micro-batch through megatron-core's schedule.
+    """Run every pack as a micro-batch through megatron-core's schedule.
+
+    A pack goes to the device when its turn comes: the tiles of a whole step would be gigabytes.
 
     Args:
         model: The model; gradients land in its DDP buffers.
-        batches: Micro-batches with scaled loss weights.
+        packs: This rank's packs of the step.
+        scales: Factor on each pack's loss weights.
         layout: Owner of the process groups.
         forward_only: Skip the backward pass.
 
@@ -101,10 +104,10 @@ def forward_backward(
 
     outputs = forward_backward_no_pipelining(
         forward_step_func=forward_step,
-        data_iterator=iter(batches),
+        data_iterator=(PackBatch.from_pack(p, layout).scaled(s) for p, s in zip(packs, scales, strict=True)),
         model=[model],
-        num_microbatches=len(batches),
-        seq_length=batches[0].input_ids.numel(),
+        num_microbatches=len(packs),
+        seq_length=len(layout.context_tokens(len(packs[0].input_ids))),
         micro_batch_size=1,
         forward_only=forward_only,
         pg_collection=layout.language_groups,
@@ -122,9 +125,8 @@ def train_step(
     """
     began = time.perf_counter()
     scales = loss_scales(packs, divisor, layout)
-    batches = [PackBatch.from_pack(pack, layout).scaled(scale) for pack, scale in zip(packs, scales, strict=True)]
     optimizers.zero_grad()
-    loss = forward_backward(model, batches, layout)
+    loss = forward_backward(model, packs, scales, layout)
     counts = _reduce_counts(loss, packs, layout)
     finite = math.isfinite(counts[0])
     grad_norm = optimizers.step(lr) if finite else math.nan

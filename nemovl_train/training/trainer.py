@@ -19,7 +19,6 @@ from nemovl_train.evaluation.run import evaluate_stage
 from nemovl_train.exceptions import CheckpointError, UserError
 from nemovl_train.exit_codes import ExitCode
 from nemovl_train.model.backend import DTYPES
-from nemovl_train.model.batch import PackBatch
 from nemovl_train.model.vlm import build_model
 from nemovl_train.parallel.agree import from_every_rank, on_first_rank
 from nemovl_train.parallel.layout import Layout
@@ -195,9 +194,8 @@ class Trainer:
 
     def _dry_batch(self, packs: list[Pack]) -> None:
         """Forward and backward at full length before the first step: memory and shapes fail here, within seconds."""
-        batch = PackBatch.from_pack(packs[0], self.layout).scaled(1.0)
         self.optimizers.zero_grad()
-        forward_backward(self.model, [batch], self.layout)
+        forward_backward(self.model, packs[:1], [1.0], self.layout)
         self.optimizers.zero_grad()
 
     def _account(self, result: StepResult, packs: list[Pack]) -> None:

@@ -134,7 +134,9 @@ def test_every_recipe_has_a_launch_line_and_a_description():
     for name in list_recipes():
         text = recipe_path(name).read_text()
         verb = "schedule" if recipe_kind(name) == "schedule" else "train"
-        assert f"#   nemovl {verb} recipe={name}\n" in text
+        on_one = f"#   nemovl {verb} recipe={name}\n"
+        on_many = f"#     -m nemovl_train.train recipe={name}\n"
+        assert on_one in text or ("#   torchrun --nnodes " in text and on_many in text)
         assert describe(name)
 
 

@@ -114,9 +114,8 @@ def _outcome(
         # How far each went, since a step moves a parameter by little of its size.
         return found | {f"{MOVE}{n}": after[n] - before[n] for n in after}
     scales = loss_scales(packs, case.divisor, layout)
-    batches = [PackBatch.from_pack(p, layout).scaled(s) for p, s in zip(packs, scales, strict=True)]
     optimizers.zero_grad()
-    loss = forward_backward(model, batches, layout)
+    loss = forward_backward(model, packs, scales, layout)
     dist.all_reduce(loss, group=layout.language_groups.dp_cp)
     optimizers.chained.prepare_grads()
     found |= {"loss": loss.cpu(), "norm": torch.tensor(float(optimizers.chained.get_grad_norm()))}

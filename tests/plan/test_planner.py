@@ -62,7 +62,7 @@ def test_pack_of_samples():
 
 def test_states_by_hand():
     """bf16 weights, fp32 gradients: whole on each holder. Master and moments: over those that hold the same weights."""
-    config = recipe("stage1_sft_16k", "cluster=h100_x64")
+    config = recipe("stage1_sft_16k", "cluster=h100_x64", "parallel.tp=4")
     plan = make_plan(config)
     language, tower, projector = 12_320_486_912, 651_653_120, 209_720_320
     rest = tower + projector
@@ -108,13 +108,21 @@ def test_device_decides_what_fits():
 
 
 def test_what_does_not_fit_names_what_is_missing_as_not_available():
-    plan = make_plan(recipe("stage1_sft_16k", "cluster=h100_x64"))
+    plan = make_plan(recipe("stage2_video_sft_49k", "cluster=h100_x8"))
     first = warnings(plan)[0]
     assert first.startswith("does not fit")
     assert "training cannot do yet" in first
     assert Policy() == TRAINER, "plans of recipes assume what the trainer does"
     sizes = [row["bytes"] for row in would_fit(plan).values()]
     assert sizes == sorted(sizes, reverse=True)
+
+
+def test_what_fits_in_another_layout_says_which():
+    plan = make_plan(recipe("stage1_sft_16k", "cluster=h100_x64", "parallel.tp=4"))
+    first = warnings(plan)[0]
+    assert first.startswith("does not fit")
+    assert first.endswith("set parallel.tp=8 parallel.cp=1 parallel.sequence_parallel=true")
+    assert make_plan(recipe("stage1_sft_16k", "cluster=h100_x64", *first.split("; set ")[1].split())).fits
 
 
 def test_warnings():
@@ -174,7 +182,7 @@ def test_heads_exchanged_instead_of_states():
 
 
 def test_features_travel_to_the_ranks_that_hold_their_tokens():
-    config = recipe("stage2_video_sft_49k", "cluster=h100_x64")
+    config = recipe("stage2_video_sft_49k", "cluster=h100_x64", "parallel.tp=4")
     plan = make_plan(config)
     (moved,) = (flow for flow in plan.flows if flow.purpose == "features")
     assert moved.bytes_per_step == pytest.approx(2 * 16 * plan.load.tiles * 256 / 8 * 5120 * 2 * 7 / 8)

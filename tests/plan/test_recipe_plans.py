@@ -12,6 +12,7 @@ from nemovl_train.config.compose import compose_run, compose_schedule, compose_s
 from nemovl_train.config.dump import config_hash
 from nemovl_train.config.recipes import list_recipes, recipe_kind
 from nemovl_train.plan.planner import make_plan, to_json
+from nemovl_train.plan.search import search
 
 ROOT = Path(__file__).parents[2]
 CLUSTERS = {"h100_x4": 4, "h100_x8": 8, "h100_x64": 64, "h100_x512": 512}
@@ -145,3 +146,11 @@ def test_every_recipe_plans_within_five_seconds_and_without_torch():
     assert imported == []
     assert set(seconds) == set(list_recipes())
     assert all(code == 0 and taken < 5 for code, taken in seconds.values()), seconds
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_a_shipped_layout_fits_where_any_does(cluster: str):
+    """The predecessor's recipes keep the published scripts' TP 4 instead."""
+    for name in (name for name in RUNS if name.startswith("nano_12b")):
+        plan = make_plan(compose_run(name, [f"cluster={cluster}"]))
+        assert plan.fits or not search(plan.config)[0].fits, (name, cluster)

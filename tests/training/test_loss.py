@@ -59,8 +59,7 @@ def nats_and_weights(model, pack, mode, unit):
 def gradients(model, optimizers, packs, layout, divisor):
     optimizers.zero_grad()
     scales = loss_scales(packs, divisor, layout)
-    batches = [PackBatch.from_pack(p, layout).scaled(s) for p, s in zip(packs, scales, strict=True)]
-    loss = forward_backward(model, batches, layout)
+    loss = forward_backward(model, packs, scales, layout)
     return float(loss), {name: p.main_grad.clone() for name, p in model.named_parameters()}
 
 
