@@ -41,8 +41,9 @@ class TextTokenizer:
             self._full = Tokenizer.from_str(json.dumps(spec))
         except OSError as error:
             raise DataError(
-                f"no readable tokenizer at {self.path} ({error.strerror}); set data.tokenizer to a folder that holds "
-                "tokenizer.json"
+                f"no readable tokenizer at {self.path} ({error.strerror}); set data.tokenizer (--tokenizer of the "
+                "data verbs) to a folder that holds tokenizer.json; `nemovl data make-demo --out runs/tiny/data` writes "
+                "that of the tiny recipes"
             ) from error
         except Exception as error:  # the Rust parser raises plain Exception
             raise DataError(f"{self.path} is not a tokenizer.json: {error}") from error

@@ -21,7 +21,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data_pipelines.config import DataConfig, SourceConfig
+from data_pipelines.dataset import Dataset
 from data_pipelines.loader import heldout_packs
+from data_pipelines.media.rules import RenderRules
 from data_pipelines.schema import Pack
 from data_pipelines.template import NO_TRACE, TRACE_START
 from data_pipelines.tokenizer import TextTokenizer
@@ -106,6 +108,19 @@ def evaluate_stage(
     result = {"step": step, "seconds": time.perf_counter() - began, "sources": rows}
     on_first_rank(lambda: replace_text(folder / "evaluation.json", json.dumps(result, indent=1)))
     return result
+
+
+def refuse_unreadable_sets(config: RunConfig) -> None:
+    """Open every held-out set before a run spends its hours, and read nothing of them.
+
+    Raises:
+        UserError: A set is missing, has no such split, or was counted by other rules.
+    """
+    data = evaluation_data(config)
+    if data.sources:
+        tokenizer = TextTokenizer(data.tokenizer)
+        for source in data.sources.values():
+            Dataset.open(source.path, source.split, rules=RenderRules.from_config(data), tokenizer=tokenizer).close()
 
 
 def evaluation_data(config: RunConfig) -> DataConfig:

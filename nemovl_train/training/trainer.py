@@ -15,7 +15,7 @@ from data_pipelines.schema import Pack
 from nemovl_train.checkpoint import sealed
 from nemovl_train.config.dump import config_hash, redact, to_plain
 from nemovl_train.config.schema import RunConfig
-from nemovl_train.evaluation.run import evaluate_stage
+from nemovl_train.evaluation.run import evaluate_stage, refuse_unreadable_sets
 from nemovl_train.exceptions import CheckpointError, UserError
 from nemovl_train.exit_codes import ExitCode
 from nemovl_train.model.backend import DTYPES
@@ -93,6 +93,7 @@ class Trainer:
         if resumed_from is not None:
             self._restore(resumed_from)
         self.stream = self._open_stream()
+        on_first_rank(lambda: refuse_unreadable_sets(config))
         self.step_keys: tuple[str, ...] = ()
         self.callbacks: list[Callback] = []
         on_first_rank(self._add_callbacks)

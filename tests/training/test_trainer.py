@@ -12,8 +12,9 @@ import running
 import tiny_runs
 import torch
 
+from data_pipelines.exceptions import DataError
 from nemovl_train.config.dump import load_yaml
-from nemovl_train.config.schema import RunConfig
+from nemovl_train.config.schema import EvalConfig, RunConfig
 from nemovl_train.exceptions import CheckpointError, ConfigError, UserError
 from nemovl_train.exit_codes import ExitCode
 from nemovl_train.training import trainer
@@ -58,6 +59,16 @@ def test_options_that_decide_nothing_may_change_and_others_are_refused_with_thei
     assert "trainer.seed: 1234 -> 7" in text
     assert "choose another run.stage" in text
     assert load_yaml(RunConfig, StageFolder.of(config).path / "config.yaml").optim.lr == 0.003
+
+
+def test_a_held_out_set_that_is_not_there_stops_a_run_before_its_first_step(config, data):
+    missing = replace(config, evaluation=EvalConfig(sources={"pictures": str(data / "pictured")}))
+    with pytest.raises(DataError, match="pictured"):
+        running.run(missing)
+    assert not (StageFolder.of(missing).path / "metrics.jsonl").exists()
+    no_split = replace(config, evaluation=EvalConfig(sources={"text": str(data / "text")}, split="validation"))
+    with pytest.raises(DataError, match="validation"):
+        running.run(no_split)
 
 
 def test_a_start_that_failed_before_its_first_step_leaves_the_folder_to_the_corrected_one(config, tmp_path):
