@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 pytestmark = pytest.mark.slow
 
@@ -85,8 +86,19 @@ def test_a_finished_demo_has_nothing_left_to_do(finished):
     assert weights_hash(finished) == before
 
 
+def write_photos(folder: Path) -> None:
+    """What a reader brings: pictures, and a question with its answer for each."""
+    folder.mkdir()
+    rows = []
+    for number in range(6):
+        Image.new("RGB", (80, 60), (40 * number, 90, 120)).save(folder / f"{number}.jpg")
+        rows.append({"file_name": f"{number}.jpg", "question": "How bright is it?", "answer": f"{number} of 5"})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def test_commands_of_the_readme_run(finished):
     """Every `nemovl` line, in order, as written; a run that the README starts takes two steps here instead of many."""
+    write_photos(finished / "photos")
     text = (ROOT / "README.md").read_text()
     lines = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)).splitlines()
     commands = [words[1:] for line in lines if (words := shlex.split(line, comments=True)) and "nemovl" in words[0]]
