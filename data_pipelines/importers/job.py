@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from data_pipelines.exceptions import DataError
 from data_pipelines.importers import work
 from data_pipelines.importers.energon import EnergonReader
 from data_pipelines.importers.formats import AUTO, FORMATS, choose_format
-from data_pipelines.importers.publish import publish
+from data_pipelines.importers.publish import Repeat, find_repeats, publish
 from data_pipelines.importers.rows import Unit
 from data_pipelines.importers.tables import root_of
 from data_pipelines.importers.tar_index import TarIndex
@@ -38,10 +38,11 @@ from data_pipelines.processes import process_pool
 from data_pipelines.shards import write_synced
 from data_pipelines.tokenizer import TextTokenizer
 
-IMPORT_VERSION = 1
+IMPORT_VERSION = 2
 """Part of a job's identity: units made by other rules are not mixed."""
 ID_MODES = ("source", "position")
 BOX_UNITS = ("pixel", "unit", "thousand")
+_OTHER_IDS = "; import with --ids position if it is another sample"
 _EARLY_ROWS = 1000
 _CHEAP_ROWS = 10_000
 _PROGRESS_SECONDS = 5.0
@@ -113,10 +114,13 @@ def run_import(options: ImportOptions) -> dict[str, Any]:
             _claim(folder, options, source, format_name, units)
             work_options = _work_options(options, source, folder, format_name)
             results = _all_units(options, work_options, units)
-            _check_share(options, results)
+            repeats = find_repeats(folder, results)
+            _check_share(options, results, repeats)
             name = options.name or out.name
             tokenizer = TextTokenizer(options.tokenizer)
-            info = publish(folder, out, results, name=name, rules=options.rules, tokenizer=tokenizer)
+            if options.ids != "position":
+                repeats = [replace(repeat, advice=_OTHER_IDS) for repeat in repeats]
+            info = publish(folder, out, results, repeats, name=name, rules=options.rules, tokenizer=tokenizer)
             shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
         raise DataError(
@@ -362,21 +366,30 @@ class _Progress:
         )  # fmt: skip
 
 
-def _check_share(options: ImportOptions, results: Sequence[UnitResult], *, early: bool = False) -> None:
+def _check_share(
+    options: ImportOptions, results: Sequence[UnitResult], repeats: Sequence[Repeat] = (), *, early: bool = False
+) -> None:
     """Stop when too much of the source is unusable: it is read the wrong way more often than it is bad.
 
     Raises:
         DataError: With the first reason.
     """
-    bad = sum(result.rejected for result in results)
-    rows = bad + sum(result.samples for result in results)
+    rejected = sum(result.rejected for result in results)
+    bad = rejected + len(repeats)
+    rows = rejected + sum(result.samples for result in results)
     if (early and rows < _EARLY_ROWS) or not bad or bad <= options.max_bad * rows:
         return
-    first = next(result.first_rejected for result in sorted(results, key=lambda r: r.number) if result.rejected)
-    text = (
-        f"{bad} of {rows} rows cannot be used, more than --max-bad {options.max_bad:g} allows; the first, {first}\n"
-        f"All are listed in {work.REJECTED_FILE} of the parts in .{options.out.name}.importing/units. Repair the source"
-    )
+    text = f"{bad} of {rows} rows cannot be used, more than --max-bad {options.max_bad:g} allows"
+    if rejected:
+        first = next(result.first_rejected for result in sorted(results, key=lambda r: r.number) if result.rejected)
+        text += (
+            f"; the first, {first}\nAll are listed in {work.REJECTED_FILE} of the parts in "
+            f".{options.out.name}.importing/units"
+        )
+    if repeats:
+        advice = "" if options.ids == "position" else _OTHER_IDS
+        text += f"; {len(repeats)} with an id that was used before, the first, {repeats[0]}{advice}"
+    text += ". Repair the source"
     if bad < rows:
         text += f", or type the same command with --max-bad {math.ceil(100 * bad / rows) / 100:.2f} to leave them out"
     raise DataError(text)

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import quote
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,12 @@ class Reader(Protocol):
 
 
 def position_of(path: str, number: int) -> str:
-    """Identifier of a row by its file, folders included, and its number."""
-    return f"{'-'.join(PurePosixPath(path).with_suffix('').parts)}-{number:07d}"
+    """Identifier of a row by its file and its number.
+
+    The whole relative path is in it, percent-encoded (RFC 3986), so that no two files share one: `a/b.csv` is
+    `a%2Fb.csv`, and neither `a-b.csv` nor `a/b.json` is.
+    """
+    return f"{quote(path, safe='', errors='surrogateescape')}-{number:07d}"
 
 
 def split_of(name: str, override: str | None) -> str:

@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 PART = "part"
 UNIT_FILE = "unit.json"
 REJECTED_FILE = "rejected.jsonl"
+PLACES_FILE = "places.jsonl"
+"""Place in the source of each sample, one JSON string a line, to name rows whose ids repeat."""
 _DEFECTS = (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError, RecursionError)
 """What hostile or broken data make code raise; a defect of ours among them is reported with its row all the same."""
 
@@ -119,12 +121,14 @@ class Worker:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         rejected: list[Rejected] = []
+        places: list[str] = []
         writer = SplitWriter(
             work, PART, self.options.rules, self.tokenizer, self.options.shard_bytes, key_prefix=f"{number:06d}"
         )
-        counts = writer.write_described(islice(self._described(unit, rejected), limit))
+        counts = writer.write_described(islice(self._described(unit, rejected, places), limit))
         lines = "".join(json.dumps({"split": unit.split, **asdict(item)}) + "\n" for item in rejected)
         write_synced(work / REJECTED_FILE, lines.encode())
+        write_synced(work / PLACES_FILE, "".join(json.dumps(place) + "\n" for place in places).encode())
         first = f"{rejected[0].where}: {rejected[0].message}" if rejected else ""
         result = UnitResult(number, unit.split, counts, len(rejected), first)
         write_synced(work / UNIT_FILE, json.dumps(asdict(result)).encode())
@@ -132,7 +136,7 @@ class Worker:
         return result
 
     def _described(
-        self, unit: Unit, rejected: list[Rejected]
+        self, unit: Unit, rejected: list[Rejected], places: list[str]
     ) -> Iterator[tuple[dict[str, Any], dict[str, bytes], dict[str, Any]]]:
         for row in self.reader.rows(self.options.source, unit):
             if isinstance(row, Rejected):
@@ -144,6 +148,7 @@ class Worker:
             except _DEFECTS as error:
                 rejected.append(_rejected(row, self.converter.key(row), error))
                 continue
+            places.append(row.where)
             yield record, media, described
 
     def _describe(self, record: dict[str, Any], media: dict[str, bytes]) -> dict[str, Any]:

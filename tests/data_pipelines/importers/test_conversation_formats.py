@@ -104,7 +104,7 @@ def test_openai_parts_and_data_urls(tmp_path, bring, imported, picture, lines):
     lines(tmp_path / "src/chat.jsonl", [{"messages": messages}])
     assert bring(tmp_path / "src/chat.jsonl")["format"] == "openai"
     ((record, media),) = imported()
-    assert record["id"] == "chat-0000000"
+    assert record["id"] == "chat.jsonl-0000000"
     assert [m["role"] for m in record["messages"]] == ["system", "user", "assistant"]
     assert media == {"image0.png": photo}
 

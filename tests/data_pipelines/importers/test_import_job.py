@@ -152,7 +152,7 @@ def test_limit_takes_the_first_of_each_split(tmp_path, bring, imported, lines):
     for split in ("train", "val"):
         lines(tmp_path / f"src/{split}.jsonl", [{"question": f"{split}{i}", "answer": "a"} for i in range(30)])
     bring(tmp_path / "src", limit=7)
-    assert [record["id"] for record, _ in imported()] == [f"train-{i:07d}" for i in range(7)]
+    assert [record["id"] for record, _ in imported()] == [f"train.jsonl-{i:07d}" for i in range(7)]
     assert len(imported(split="validation")) == 7
 
 
@@ -160,11 +160,36 @@ def test_ids_that_repeat_are_left_out_or_renamed(tmp_path, bring, imported, reje
     rows = [{"id": i % 3, "question": f"q{i}", "answer": "a"} for i in range(5)]
     lines(tmp_path / "src/a.jsonl", rows[:4])
     lines(tmp_path / "src/b.jsonl", rows[4:])
-    assert bring(tmp_path / "src")["rejected"] == {"duplicate_id": 2}
+    with pytest.raises(DataError, match=r"2 of 5 rows .*a\.jsonl:4: id '0' is that of a\.jsonl:1;") as caught:
+        bring(tmp_path / "src", max_bad=0.3)
+    assert "--ids position" in str(caught.value)
+    assert "--max-bad 0.40" in str(caught.value)
+    assert not list((tmp_path / ".imported.importing").glob("final/*"))
+    assert bring(tmp_path / "src", max_bad=0.4)["rejected"] == {"duplicate_id": 2}
     assert [record["id"] for record, _ in imported()] == ["0", "1", "2"]
-    assert "--ids position" in rejected()[0]["message"]
+    assert [(line["where"], line["key"]) for line in rejected()] == [("a.jsonl:4", "0"), ("b.jsonl:1", "1")]
+    assert "is that of a.jsonl:1; import with --ids position" in rejected()[0]["message"]
     bring(tmp_path / "src", tmp_path / "second", ids="position")
     assert len(imported(tmp_path / "second")) == 5
+
+
+def test_files_of_like_names_keep_all_samples(tmp_path, bring, imported, lines):
+    names = ("a/b.jsonl", "a-b.jsonl", "a%2Fb.jsonl", "b.json", "b.jsonl")
+    for name in names:
+        lines(tmp_path / "src" / name, [{"question": name, "answer": "x"}])
+    bring(tmp_path / "src")
+    found = [record["id"] for record, _ in imported()]
+    assert len(set(found)) == len(names)
+    assert {"a%2Fb.jsonl-0000000", "a-b.jsonl-0000000", "a%252Fb.jsonl-0000000"} < set(found)
+
+
+def test_advice_does_not_repeat_what_was_typed(tmp_path, bring):
+    repeat = publish.Repeat("train", "k", "b:1", "a:1", 0, 1)
+    result = work.UnitResult(0, "train", {"samples": 2}, 0, "")
+    options = job.ImportOptions(source=tmp_path, out=tmp_path, tokenizer=tmp_path, rules=None, ids="position")
+    with pytest.raises(DataError, match="b:1: id 'k' is that of a:1") as caught:
+        job._check_share(options, [result], [repeat])
+    assert "--ids" not in str(caught.value)
 
 
 def test_every_bad_option_at_once(tmp_path, bring):
