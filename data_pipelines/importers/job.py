@@ -35,7 +35,7 @@ from data_pipelines.importers.tasks import ALIASES, BOX_FORMATS, TASKS, ColumnOp
 from data_pipelines.importers.work import UnitResult, Worker, WorkOptions
 from data_pipelines.media.rules import RenderRules
 from data_pipelines.processes import process_pool
-from data_pipelines.shards import write_synced
+from data_pipelines.shards import split_problem, write_synced
 from data_pipelines.tokenizer import TextTokenizer
 
 IMPORT_VERSION = 2
@@ -172,6 +172,8 @@ def _check(options: ImportOptions) -> None:
     ):
         if value not in allowed:
             problems.append(f"{name} {value!r} is not one of {', '.join(allowed)}")
+    if options.split is not None and (problem := split_problem(options.split)):
+        problems.append(f"--split {problem}")
     if options.limit is not None and options.limit < 1:
         problems.append(f"--limit {options.limit} must be at least 1")
     if options.workers < 1:

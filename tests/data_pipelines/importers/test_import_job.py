@@ -196,9 +196,9 @@ def test_every_bad_option_at_once(tmp_path, bring):
     (tmp_path / "out").mkdir()
     with pytest.raises(DataError) as caught:
         bring(tmp_path, tmp_path / "out", task="x", columns={"y": "z"}, ids="q", box_format="b", box_units="u", limit=0,
-              workers=0, max_bad=2, shard_mib=0, media_roots=(tmp_path / "none",))  # fmt: skip
+              workers=0, max_bad=2, shard_mib=0, split="../evil", media_roots=(tmp_path / "none",))  # fmt: skip
     for word in ("exists already", "--task", "--column", "--ids", "--box-format", "--box-units", "--limit", "--workers",
-                 "--max-bad", "--shard-mib", "--media-root"):  # fmt: skip
+                 "--max-bad", "--shard-mib", "--split '../evil'", "--media-root"):  # fmt: skip
         assert word in str(caught.value)
 
 
