@@ -71,6 +71,23 @@ def test_each_subset_has_its_own_media(tmp_path, bring, imported, picture, lines
         bring(tmp_path / "src", tmp_path / "second")
 
 
+@pytest.mark.parametrize("name", ["a#b", "a?b", "50%23", "a b"])
+def test_any_name_of_the_output_folder(tmp_path, bring, imported, picture, lines, name):
+    photo = one_in_a_tar(tmp_path / "src", lines, picture(20, 20))
+    bring(tmp_path / "src", tmp_path / name)
+    assert imported(tmp_path / name)[0][1] == {"image0.png": photo}
+
+
+def one_in_a_tar(folder, lines, photo):
+    """A Nemotron v2 source of one record whose picture, `p.png`, is in `media/shard_0.tar`."""
+    (folder / "media").mkdir(parents=True)
+    write_member(folder / "media/shard_0.tar", "p.png", photo)
+    content = [{"type": "image", "image": "p.png"}, {"type": "text", "text": "q"}]
+    row = {"id": "a", "messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "a"}]}
+    lines(folder / "set.jsonl", [row])
+    return photo
+
+
 def write_member(path, name, data):
     with tarfile.open(path, "w") as tar:
         info = tarfile.TarInfo(name)
