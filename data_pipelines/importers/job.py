@@ -29,7 +29,7 @@ from data_pipelines.importers.energon import EnergonReader
 from data_pipelines.importers.formats import AUTO, FORMATS, choose_format
 from data_pipelines.importers.publish import Repeat, find_repeats, publish
 from data_pipelines.importers.rows import Unit
-from data_pipelines.importers.tables import root_of
+from data_pipelines.importers.tables import root_of, source_files
 from data_pipelines.importers.tar_index import TarIndex
 from data_pipelines.importers.tasks import ALIASES, BOX_FORMATS, TASKS, ColumnOptions
 from data_pipelines.importers.work import UnitResult, Worker, WorkOptions
@@ -102,13 +102,13 @@ def run_import(options: ImportOptions) -> dict[str, Any]:
     """
     _check(options)
     source, out = Path(os.path.abspath(options.source)), Path(os.path.abspath(options.out))
-    format_name = choose_format(options.source, options.format)
+    format_name = choose_format(options.source, options.format, options.media_roots)
     logger.info("%s: format %s (%s)", options.source, format_name, FORMATS[format_name].about)
     folder = out.with_name(f".{out.name}.importing")
     began = time.monotonic()
     try:
         with _locked(folder):
-            units = FORMATS[format_name].reader(source).units(source, options.split)
+            units = FORMATS[format_name].reader(source).units(source, options.split, options.media_roots)
             if not units:
                 raise DataError(f"{options.source}: no rows of format {format_name}; see --format")
             _claim(folder, options, source, format_name, units)
@@ -251,7 +251,7 @@ def _work_options(options: ImportOptions, source: Path, folder: Path, format_nam
     root = root_of(source)
     spec = FORMATS[format_name]
     index = None
-    if spec.tars and (tars := sorted(root.rglob("*.tar"))):
+    if spec.tars and (tars := source_files(root, (".tar",), options.media_roots)):
         index = folder / "members.sqlite"
         logger.info("indexing %d tar files of media", len(tars))
         TarIndex.build(index, root, tars)

@@ -1,6 +1,6 @@
 """What every reader gives: units of a source, their rows, and the rows that could not be read."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -67,8 +67,17 @@ class Rejected:
 class Reader(Protocol):
     """How one kind of file is cut into units and read."""
 
-    def units(self, source: Path, split: str | None) -> list[Unit]:
-        """Units of a source, in the order of the dataset; `split` overrides the names found in the source."""
+    def units(self, source: Path, split: str | None, roots: Sequence[Path] = ()) -> list[Unit]:
+        """Units of a source, in the order of the dataset.
+
+        Args:
+            source: File or folder.
+            split: Overrides the names found in the source.
+            roots: Folders that links in the source may lead to.
+
+        Raises:
+            DataError: A file that is no file of the format, or a link that leads elsewhere.
+        """
 
     def rows(self, source: Path, unit: Unit) -> Iterator[Row | Rejected]:
         """Rows of a unit, in order."""
