@@ -70,7 +70,7 @@ class ImportOptions:
         workers: Processes; 1 works in this one.
         max_bad: Largest share of rejected rows with which a dataset is made.
         shard_mib: A shard is closed once it holds this many MiB.
-        restart: Throw away what an earlier, different import left behind.
+        restart: Throw away what an earlier try left behind.
     """
 
     source: Path
@@ -111,8 +111,10 @@ def run_import(options: ImportOptions) -> dict[str, Any]:
             units = FORMATS[format_name].reader(source).units(source, options.split, options.media_roots)
             if not units:
                 raise DataError(f"{options.source}: no rows of format {format_name}; see --format")
-            _claim(folder, options, source, format_name, units)
-            work_options = _work_options(options, source, folder, format_name)
+            tars = _media_tars(options, source, format_name)
+            _claim(folder, options, _identity(options, source, format_name, units, tars))
+            _forget_missing_media(folder, options, len(units))
+            work_options = _work_options(options, source, folder, format_name, tars)
             results = _all_units(options, work_options, units)
             repeats = find_repeats(folder, results)
             _check_share(options, results, repeats)
@@ -199,43 +201,64 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _claim(folder: Path, options: ImportOptions, source: Path, format_name: str, units: Sequence[Unit]) -> None:
+def _media_tars(options: ImportOptions, source: Path, format_name: str) -> list[Path]:
+    """Tar files beside the records that their media may lie in."""
+    return source_files(root_of(source), (".tar",), options.media_roots) if FORMATS[format_name].tars else []
+
+
+def _claim(folder: Path, options: ImportOptions, job: dict[str, Any]) -> None:
     """Make the work folder this import's own, or see that it is."""
-    job = _identity(options, source, format_name, units)
     path = folder / "job.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    if found == job and not options.restart:
+        return
     if found is not None and found != job:
         changed = [key for key in job if found.get(key) != job[key]]
         parts = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob(f"units/*/{work.UNIT_FILE}")]
         rows = sum(part["counts"]["samples"] + part["rejected"] for part in parts)
         # Parts of a source that has changed are of no use; small ones are not worth a question.
-        if not (options.restart or "files" in changed or rows < _CHEAP_ROWS):
+        if not (options.restart or {"files", "tars"} & set(changed) or rows < _CHEAP_ROWS):
             raise DataError(
                 f"{folder} holds an unfinished import of {rows} rows with other {', '.join(changed)}; type that "
                 "command again, or add --restart to throw its parts away"
             )
         logger.info("%s changed since the last try: starting again", ", ".join(changed))
-        for name in ("units", "final"):
-            shutil.rmtree(folder / name, ignore_errors=True)
-        for old in folder.glob("members.*"):
-            old.unlink()
-        found = None
-    if found is None:
-        write_synced(path, json.dumps(job).encode())
-    done = sum(work.finished(folder, number) is not None for number in range(len(units)))
+    for name in ("units", "final"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for old in folder.glob("members.*"):
+        old.unlink()
+    write_synced(path, json.dumps(job).encode())
+
+
+def _forget_missing_media(folder: Path, options: ImportOptions, units: int) -> None:
+    """Drop finished units that lack media where too much was rejected: the user may have brought them since.
+
+    Where the share is small enough, what was finished stays: a continued import would do most of its work again.
+    """
+    done = [result for number in range(units) if (result := work.finished(folder, number)) is not None]
+    kept = len(done)
+    if _too_bad(options, done) and not (folder / "final").exists():
+        for result in done:
+            if result.rejected and work.lacks_media(folder, result.number):
+                shutil.rmtree(work.unit_folder(folder, result.number))
+                kept -= 1
     if done:
-        logger.info("%d of %d parts were finished before", done, len(units))
+        logger.info("%d of %d parts were finished before, %d are done again", len(done), units, len(done) - kept)
 
 
-def _identity(options: ImportOptions, source: Path, format_name: str, units: Sequence[Unit]) -> dict[str, Any]:
+def _identity(
+    options: ImportOptions, source: Path, format_name: str, units: Sequence[Unit], tars: Sequence[Path]
+) -> dict[str, Any]:
     root = root_of(source)
     names = sorted({name for unit in units for name in (unit.files or (unit.path,))})
     stats = [(name, (root / name).stat()) for name in names]
+    tar_stats = [(tar, tar.stat()) for tar in tars]
     return {
         "version": IMPORT_VERSION,
         "source": str(source),
         "format": format_name,
         "files": [[name, found.st_size, found.st_mtime_ns] for name, found in stats],
+        "tars": [[str(tar.relative_to(root)), found.st_size, found.st_mtime_ns] for tar, found in tar_stats],
         "units": [[unit.split, unit.path, unit.start, unit.stop] for unit in units],
         "rules": options.rules.digest(TextTokenizer(options.tokenizer).digest()),
         "columns": {**asdict(options.columns), "columns": dict(options.columns.columns)},
@@ -247,11 +270,12 @@ def _identity(options: ImportOptions, source: Path, format_name: str, units: Seq
     }
 
 
-def _work_options(options: ImportOptions, source: Path, folder: Path, format_name: str) -> WorkOptions:
+def _work_options(
+    options: ImportOptions, source: Path, folder: Path, format_name: str, tars: Sequence[Path]
+) -> WorkOptions:
     root = root_of(source)
-    spec = FORMATS[format_name]
     index = None
-    if spec.tars and (tars := source_files(root, (".tar",), options.media_roots)):
+    if tars:
         index = folder / "members.sqlite"
         logger.info("indexing %d tar files of media", len(tars))
         TarIndex.build(index, root, tars)
@@ -368,6 +392,13 @@ class _Progress:
         )  # fmt: skip
 
 
+def _too_bad(options: ImportOptions, results: Sequence[UnitResult], repeats: int = 0) -> bool:
+    """Whether more of some rows is rejected than may be."""
+    rejected = sum(result.rejected for result in results)
+    rows = rejected + sum(result.samples for result in results)
+    return rejected + repeats > options.max_bad * rows
+
+
 def _check_share(
     options: ImportOptions, results: Sequence[UnitResult], repeats: Sequence[Repeat] = (), *, early: bool = False
 ) -> None:
@@ -379,7 +410,7 @@ def _check_share(
     rejected = sum(result.rejected for result in results)
     bad = rejected + len(repeats)
     rows = rejected + sum(result.samples for result in results)
-    if (early and rows < _EARLY_ROWS) or not bad or bad <= options.max_bad * rows:
+    if (early and rows < _EARLY_ROWS) or not _too_bad(options, results, len(repeats)):
         return
     text = f"{bad} of {rows} rows cannot be used, more than --max-bad {options.max_bad:g} allows"
     if rejected:

@@ -51,7 +51,7 @@ class Repeat:
 
 def find_repeats(folder: Path, results: Sequence[UnitResult]) -> list[Repeat]:
     """Samples whose id was used before in their split, in the order of the source; nothing is changed."""
-    repeats = []
+    repeats: list[Repeat] = []
     for split in dict.fromkeys(result.split for result in results):
         repeats += _repeats_of(folder, split, [r for r in results if r.split == split and r.samples])
     return repeats

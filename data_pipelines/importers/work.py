@@ -93,6 +93,12 @@ def finished(folder: Path, number: int) -> UnitResult | None:
     return UnitResult(**json.loads(text))
 
 
+def lacks_media(folder: Path, number: int) -> bool:
+    """Whether a finished unit rejected rows because of their media."""
+    with (unit_folder(folder, number) / REJECTED_FILE).open(encoding="utf-8") as file:
+        return any(json.loads(line)["reason"] == "media" for line in file)
+
+
 class Worker:
     """Imports units; one for each process."""
 

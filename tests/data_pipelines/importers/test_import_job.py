@@ -143,6 +143,26 @@ def test_a_repaired_source_starts_again_by_itself(tmp_path, source, bring):
     assert bring(source, format="folder")["splits"]["train"]["samples"] == 120
 
 
+def test_missing_media_that_were_brought_are_found(tmp_path, source, bring, monkeypatch, picture):
+    run, ran = work.Worker.run, []
+    monkeypatch.setattr(work.Worker, "run", lambda self, number, *rest: ran.append(number) or run(self, number, *rest))
+    with pytest.raises(DataError, match=r"missing\.jpg"):
+        bring(source, format="folder")
+    (source / "missing.jpg").write_bytes(picture(60, 60, "JPEG"))
+    ran.clear()
+    assert bring(source, format="folder")["splits"]["train"]["samples"] == 120
+    assert ran == [0, 4, 8]
+
+
+def test_restart_does_all_again(tmp_path, source, bring, monkeypatch):
+    run, ran = work.Worker.run, []
+    monkeypatch.setattr(work.Worker, "run", lambda self, number, *rest: ran.append(number) or run(self, number, *rest))
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"missing\.jpg"):
+            bring(source, format="folder", restart=True)
+    assert ran == 2 * list(range(12))
+
+
 def test_a_second_import_at_the_same_time_is_refused(tmp_path, source, bring):
     with job._locked(tmp_path / ".imported.importing"), pytest.raises(DataError, match="another import is writing"):
         bring(source, format="folder")
