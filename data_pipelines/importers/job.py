@@ -223,7 +223,7 @@ def _claim(folder: Path, options: ImportOptions, job: dict[str, Any]) -> None:
                 "command again, or add --restart to throw its parts away"
             )
         logger.info("%s changed since the last try: starting again", ", ".join(changed))
-    for name in ("units", "final"):
+    for name in ("units", work.FINAL):
         shutil.rmtree(folder / name, ignore_errors=True)
     for old in folder.glob("members.*"):
         old.unlink()
@@ -237,7 +237,7 @@ def _forget_missing_media(folder: Path, options: ImportOptions, units: int) -> N
     """
     done = [result for number in range(units) if (result := work.finished(folder, number)) is not None]
     kept = len(done)
-    if _too_bad(options, done) and not (folder / "final").exists():
+    if _too_bad(options, done) and not (folder / work.FINAL).exists():
         for result in done:
             if result.rejected and work.lacks_media(folder, result.number):
                 shutil.rmtree(work.unit_folder(folder, result.number))

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_pipelines.exceptions import DataError
-from data_pipelines.importers.work import PART, PLACES_FILE, REJECTED_FILE, UnitResult, unit_folder
+from data_pipelines.importers.work import FINAL, PART, PLACES_FILE, REJECTED_FILE, UnitResult, unit_folder
 from data_pipelines.manifest import MANIFEST_SCHEMA, ROW_GROUP, seal_manifest
 from data_pipelines.media.rules import RenderRules
 from data_pipelines.shards import dataset_info, write_info
@@ -108,7 +108,7 @@ def publish(
     Raises:
         DataError: No sample at all.
     """
-    final = folder / "final"
+    final = folder / FINAL
     final.mkdir(exist_ok=True)
     splits = {}
     rejected = [line for result in results for line in _rejected_lines(folder, result)]

@@ -16,7 +16,7 @@ from data_pipelines.importers.references import MediaFinder
 from data_pipelines.importers.rows import Rejected, Row, Unit
 from data_pipelines.importers.tar_index import TarIndex
 from data_pipelines.importers.tasks import ColumnOptions
-from data_pipelines.manifest import describe
+from data_pipelines.manifest import describe, manifest_name
 from data_pipelines.media.rules import RenderRules
 from data_pipelines.shards import SplitWriter, write_synced
 from data_pipelines.tokenizer import TextTokenizer
@@ -24,6 +24,8 @@ from data_pipelines.tokenizer import TextTokenizer
 logger = logging.getLogger(__name__)
 
 PART = "part"
+FINAL = "final"
+"""Folder that becomes the dataset: while it is there, shards of units move into it."""
 UNIT_FILE = "unit.json"
 REJECTED_FILE = "rejected.jsonl"
 PLACES_FILE = "places.jsonl"
@@ -85,12 +87,19 @@ def unit_folder(folder: Path, number: int) -> Path:
 
 
 def finished(folder: Path, number: int) -> UnitResult | None:
-    """Result of a unit that was finished before, None if it was not."""
+    """Result of a unit that was finished before, None if it was not, or if its files are gone.
+
+    An import that was killed behind its last step leaves units whose shards have moved away with the dataset.
+    """
+    home = unit_folder(folder, number)
     try:
-        text = (unit_folder(folder, number) / UNIT_FILE).read_text(encoding="utf-8")
+        result = UnitResult(**json.loads((home / UNIT_FILE).read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
-    return UnitResult(**json.loads(text))
+    needed = [manifest_name(PART), PLACES_FILE, REJECTED_FILE]
+    if not (folder / FINAL).exists():  # otherwise its shards may be there already
+        needed += [shard["name"] for shard in result.counts["shards"]]
+    return result if all((home / name).exists() for name in needed) else None
 
 
 def lacks_media(folder: Path, number: int) -> bool:
@@ -138,6 +147,7 @@ class Worker:
         first = f"{rejected[0].where}: {rejected[0].message}" if rejected else ""
         result = UnitResult(number, unit.split, counts, len(rejected), first)
         write_synced(work / UNIT_FILE, json.dumps(asdict(result)).encode())
+        shutil.rmtree(target, ignore_errors=True)  # what is left of a unit that `finished` does not count
         work.rename(target)
         return result
 

@@ -92,6 +92,27 @@ def test_publishing_may_stop_anywhere(tmp_path, source, bring, monkeypatch):
     assert contents(tmp_path / "whole") == contents(tmp_path / "stopped")
 
 
+def test_killed_behind_the_last_step_and_imported_again(tmp_path, source, bring, monkeypatch):
+    options = {"format": "folder", "max_bad": 0.1}
+    with monkeypatch.context() as patch:
+        patch.setattr(job.shutil, "rmtree", killed_at_the_end(job.shutil.rmtree))
+        with pytest.raises(KeyboardInterrupt):
+            bring(source, **options)
+    first = contents(tmp_path / "imported")
+    shutil.rmtree(tmp_path / "imported")
+    bring(source, **options)
+    assert contents(tmp_path / "imported") == first
+
+
+def killed_at_the_end(rmtree):
+    def remove(path, **options):
+        if path.name == ".imported.importing":
+            raise KeyboardInterrupt
+        rmtree(path, **options)
+
+    return remove
+
+
 @pytest.mark.slow
 def test_killed_at_random_moments(tmp_path, source, tokenizer_folder, bring):
     rules = ["--tokenizer", str(tokenizer_folder), "--tile-size", "64", "--max-tiles", "4", "--max-frames", "8"]
