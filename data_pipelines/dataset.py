@@ -9,6 +9,7 @@ import functools
 import hashlib
 import io
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
@@ -31,6 +32,9 @@ from data_pipelines.manifest import (
 from data_pipelines.media.rules import MediaShape, RenderRules
 from data_pipelines.storage import PatientReader, Storage
 from data_pipelines.tokenizer import TextTokenizer
+
+PENDING = ".quarantine.pending"
+"""Folder with new files of a dataset folder until they are moved in; `quality.quarantine` makes it and finishes."""
 
 
 @dataclass(frozen=True)
@@ -170,6 +174,12 @@ class Dataset:
         shards = {shard["name"]: shard["bytes"] for shard in self._entry["shards"]}
         names = {"manifest": manifest_name(self.split), "index": index_name(self.split)}
         sizes = self._storage.sizes([*names.values(), *shards])
+        pending = self._storage.local(f"{PENDING}/dataset.json")
+        if pending is not None and os.path.exists(pending):
+            raise DataError(
+                f"{self.folder}: setting samples aside was cut short; to finish it: nemovl data quarantine list "
+                f"{self.folder}"
+            )
         for kind, name in names.items():
             place = f"{self.folder}/{name}"
             if sizes[name] is None:

@@ -11,7 +11,7 @@ from typing import Any
 from data_pipelines.exceptions import DataError
 from data_pipelines.importers.documents import pdf_pages
 from data_pipelines.importers.formats import METADATA_JSON
-from data_pipelines.importers.tables import files_with, root_of
+from data_pipelines.importers.tables import root_of, source_files
 from data_pipelines.media.kinds import VIDEO_SUFFIXES
 from data_pipelines.media.rules import MIN_FRAMES
 from data_pipelines.media.video import decoded_frames, probe
@@ -33,14 +33,15 @@ def extract_frames(source: Path, out: Path, *, fps: float, max_frames: int, side
         `videos`, `frames`, and `failed`: name and reason of each video that could not be read.
 
     Raises:
-        DataError: `out` exists, or there is no video.
+        DataError: `out` exists, there is no video, or a link leads outside the source.
     """
     if out.exists():
         raise DataError(f"{out} exists already; choose another --out")
     root = root_of(source)
-    paths = files_with(source, tuple(f".{suffix}" for suffix in VIDEO_SUFFIXES))
+    paths = source_files(source, tuple(f".{suffix}" for suffix in VIDEO_SUFFIXES))
     if not paths:
         raise DataError(f"{source} holds no videos ({', '.join(VIDEO_SUFFIXES)})")
+    beside = source_files(source, _MOVED_WITH) if source.is_dir() else []
     frames = 0
     failed = []
     for path in paths:
@@ -53,11 +54,10 @@ def extract_frames(source: Path, out: Path, *, fps: float, max_frames: int, side
             continue
         target.write_bytes(data)
         frames += count
-    if source.is_dir():
-        for path in files_with(source, _MOVED_WITH):
-            target = out / path.relative_to(root)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
+    for path in beside:
+        target = out / path.relative_to(root)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
     return {"out": str(out), "videos": len(paths) - len(failed), "frames": frames, "failed": failed}
 
 
@@ -102,11 +102,11 @@ def render_pdfs(source: Path, out: Path, *, dpi: int) -> dict[str, Any]:
         `documents`, `pages`, and `failed`: name and reason of each PDF that could not be read.
 
     Raises:
-        DataError: `out` exists, or there is no PDF.
+        DataError: `out` exists, there is no PDF, or a link leads outside the source.
     """
     if out.exists():
         raise DataError(f"{out} exists already; choose another --out")
-    paths = files_with(source, (".pdf",))
+    paths = source_files(source, (".pdf",))
     if not paths:
         raise DataError(f"{source} holds no .pdf files")
     out.mkdir(parents=True)

@@ -12,6 +12,7 @@ needs, so no media is opened before its pack is built.
 import errno
 import json
 import os
+import re
 import shutil
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -40,6 +41,13 @@ from data_pipelines.template import TEMPLATES
 from data_pipelines.tokenizer import TextTokenizer
 
 Sample = tuple[dict[str, Any], dict[str, bytes]]
+
+
+def split_problem(split: str) -> str:
+    """Why a name cannot be a split's, with which file names start; empty when it can."""
+    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", split):
+        return ""
+    return f"{split!r} is not a name for a split: letters, digits, '_' and '-', a letter or digit first, such as train"
 
 
 def write_dataset(
@@ -75,7 +83,8 @@ def write_dataset(
         `out`.
 
     Raises:
-        DataError: `out` exists, a record or medium cannot be used (named), an id repeats, or the disk refuses.
+        DataError: `out` exists, a split's name is not a plain word, a record or medium cannot be used (named), an id
+            repeats, or the disk refuses.
     """
     out = Path(out)
     if out.exists():
@@ -88,6 +97,8 @@ def write_dataset(
         video_fps=float(video_fps),
         max_frames=max_frames,
     )
+    if problems := [problem for split in splits if (problem := split_problem(split))]:
+        raise DataError("; ".join(problems))
     if template not in TEMPLATES:
         raise DataError(f"unknown template {template!r}; choose from {', '.join(TEMPLATES)}")
     text_tokenizer = TextTokenizer(tokenizer)

@@ -49,7 +49,7 @@ def add_import(verbs: Subparsers) -> None:
     )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
     parser.add_argument("--shard-mib", type=float, default=64, help="size of a shard in MiB (default: %(default)s)")
-    parser.add_argument("--restart", action="store_true", help="throw away an unfinished import with other options")
+    parser.add_argument("--restart", action="store_true", help="throw away what an earlier try left and start again")
     _add_rules(parser)
     add_json(parser)
     parser.set_defaults(run=_run_import)

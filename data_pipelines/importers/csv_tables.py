@@ -2,7 +2,7 @@
 
 import csv
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -10,7 +10,7 @@ from typing import BinaryIO
 from data_pipelines.exceptions import DataError
 from data_pipelines.importers.json_ranges import MAX_RECORD_BYTES, UNIT_BYTES, UNIT_ROWS, Range
 from data_pipelines.importers.rows import Rejected, Row, Unit, position_of, split_of
-from data_pipelines.importers.tables import files_with, root_of
+from data_pipelines.importers.tables import root_of, source_files
 
 CSV_SUFFIXES = (".csv", ".tsv")
 # Bytes that are not UTF-8 become lone surrogates, so that one bad row does not end the table.
@@ -46,13 +46,12 @@ class CsvReader:
 
     names: tuple[str, ...] = ()
 
-    def units(self, source: Path, split: str | None) -> list[Unit]:
+    def units(self, source: Path, split: str | None, roots: Sequence[Path] = ()) -> list[Unit]:
         """Ranges of at most 2048 rows."""
         units = []
-        for path in files_with(source, CSV_SUFFIXES):
-            if not self.names or path.name in self.names:
-                name = path.relative_to(root_of(source)).as_posix()
-                units += [Unit(split_of(path.stem, split), name, r.start, r.stop, r.first) for r in _ranges(path)]
+        for path in source_files(source, CSV_SUFFIXES, roots, self.names):
+            name = path.relative_to(root_of(source)).as_posix()
+            units += [Unit(split_of(path.stem, split), name, r.start, r.stop, r.first) for r in _ranges(path)]
         return units
 
     def rows(self, source: Path, unit: Unit) -> Iterator[Row | Rejected]:

@@ -1,14 +1,14 @@
 """Documents without annotations: PDF pages with their own text as the answer, plain text, and code."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_pipelines.exceptions import DataError
 from data_pipelines.importers.rows import Rejected, Row, Unit, position_of, split_of
-from data_pipelines.importers.tables import files_with, root_of
+from data_pipelines.importers.tables import root_of, source_files
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst")
 CODE_SUFFIXES = (
@@ -76,10 +76,10 @@ class PdfReader:
 
     dpi: int = 150
 
-    def units(self, source: Path, split: str | None) -> list[Unit]:
+    def units(self, source: Path, split: str | None, roots: Sequence[Path] = ()) -> list[Unit]:
         """One unit a file."""
         root = root_of(source)
-        return [Unit(split or "train", p.relative_to(root).as_posix()) for p in files_with(source, (".pdf",))]
+        return [Unit(split or "train", p.relative_to(root).as_posix()) for p in source_files(source, (".pdf",), roots)]
 
     def rows(self, source: Path, unit: Unit) -> Iterator[Row | Rejected]:
         """Pages that have a text layer; the others are rejected, since their text is not known."""
@@ -115,10 +115,10 @@ class TextReader:
     instruction: str
     piece_bytes: int = 16384
 
-    def units(self, source: Path, split: str | None) -> list[Unit]:
+    def units(self, source: Path, split: str | None, roots: Sequence[Path] = ()) -> list[Unit]:
         """Groups of 64 files."""
         root = root_of(source)
-        names = [p.relative_to(root).as_posix() for p in files_with(source, self.suffixes)]
+        names = [p.relative_to(root).as_posix() for p in source_files(source, self.suffixes, roots)]
         groups = [tuple(names[i : i + _FILES_PER_UNIT]) for i in range(0, len(names), _FILES_PER_UNIT)]
         return [
             Unit(split_of("", split), group[0], first=i * _FILES_PER_UNIT, files=group)

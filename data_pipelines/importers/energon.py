@@ -5,7 +5,7 @@ documentation, "Dataset format on disk" (github.com/NVIDIA/Megatron-Energon). Co
 (`sample_loader.py`) is never run.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -14,6 +14,7 @@ from braceexpand import braceexpand
 
 from data_pipelines.exceptions import DataError
 from data_pipelines.importers.rows import Rejected, Row, Unit, split_of
+from data_pipelines.importers.tables import check_inside
 from data_pipelines.importers.tars import TarReader, parsed_fields
 
 META = ".nv-meta"
@@ -43,8 +44,10 @@ _TASKS = {
 class EnergonReader(TarReader):
     """Shards of each split, with the fields renamed by the field map."""
 
-    def units(self, source: Path, split: str | None) -> list[Unit]:
+    def units(self, source: Path, split: str | None, roots: Sequence[Path] = ()) -> list[Unit]:
         """One unit a shard that `split.yaml` names and does not exclude."""
+        if (source / META).is_dir():
+            check_inside((source / META).iterdir(), source, roots)
         self.sample_type(source)
         spec = _load(source, "split")
         parts = spec.get("split_parts")
@@ -59,6 +62,7 @@ class EnergonReader(TarReader):
                 if name not in excluded:
                     _check_inside(source, name)
                     units.append(Unit(split_of(str(part), split), name))
+        check_inside((source / unit.path for unit in units), source, roots)
         return units
 
     def rows(self, source: Path, unit: Unit) -> Iterator[Row | Rejected]:

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from data_pipelines.importers.tables import (
     ParquetReader,
     SavedReader,
     files_with,
+    source_files,
 )
 from data_pipelines.importers.tars import TarReader
 from data_pipelines.media.kinds import IMAGE_SUFFIXES, VIDEO_SUFFIXES
@@ -122,21 +123,21 @@ FORMATS: dict[str, Format] = {
 }
 
 
-def choose_format(source: Path, name: str) -> str:
+def choose_format(source: Path, name: str, roots: Sequence[Path] = ()) -> str:
     """Name of the format that a source is in: what was asked for, or what its files say.
 
     Raises:
-        DataError: No such source or format, or nothing that is known.
+        DataError: No such source or format, nothing that is known, or a link that leads elsewhere.
     """
     if name != AUTO and name not in FORMATS:
         raise DataError(f"--format {name!r} is not one of {AUTO}, {', '.join(FORMATS)}")
     if not source.exists():
         hint = "; download it first, nothing is fetched during an import" if ":/" in str(source) else ""
         raise DataError(f"{source}: there is no such file or folder{hint}")
-    return _detect(source) if name == AUTO else name
+    return _detect(source, roots) if name == AUTO else name
 
 
-def _detect(source: Path) -> str:
+def _detect(source: Path, roots: Sequence[Path]) -> str:
     suffixes = Counter(path.suffix.lower() for path in files_with(source, _Anything()))
     if source.is_dir():
         if (source / META).is_dir():
@@ -151,7 +152,8 @@ def _detect(source: Path) -> str:
         return "hf"
     # Another tool's settings may lie beside its shards as JSON, but hold no record.
     if any(suffixes[suffix] for suffix in JSON_SUFFIXES):
-        found = (record for path in files_with(source, JSON_SUFFIXES) if (record := _first_record(path)) is not None)
+        paths = source_files(source, JSON_SUFFIXES, roots)
+        found = (record for path in paths if (record := _first_record(path)) is not None)
         if (record := next(found, None)) is not None:
             return _conversation_format(record)
     if suffixes[".tar"]:

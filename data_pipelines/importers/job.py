@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +27,22 @@ from data_pipelines.exceptions import DataError
 from data_pipelines.importers import work
 from data_pipelines.importers.energon import EnergonReader
 from data_pipelines.importers.formats import AUTO, FORMATS, choose_format
-from data_pipelines.importers.publish import publish
+from data_pipelines.importers.publish import Repeat, find_repeats, publish
 from data_pipelines.importers.rows import Unit
-from data_pipelines.importers.tables import root_of
+from data_pipelines.importers.tables import root_of, source_files
 from data_pipelines.importers.tar_index import TarIndex
 from data_pipelines.importers.tasks import ALIASES, BOX_FORMATS, TASKS, ColumnOptions
 from data_pipelines.importers.work import UnitResult, Worker, WorkOptions
 from data_pipelines.media.rules import RenderRules
 from data_pipelines.processes import process_pool
-from data_pipelines.shards import write_synced
+from data_pipelines.shards import split_problem, write_synced
 from data_pipelines.tokenizer import TextTokenizer
 
-IMPORT_VERSION = 1
+IMPORT_VERSION = 2
 """Part of a job's identity: units made by other rules are not mixed."""
 ID_MODES = ("source", "position")
 BOX_UNITS = ("pixel", "unit", "thousand")
+_OTHER_IDS = "; import with --ids position if it is another sample"
 _EARLY_ROWS = 1000
 _CHEAP_ROWS = 10_000
 _PROGRESS_SECONDS = 5.0
@@ -69,7 +70,7 @@ class ImportOptions:
         workers: Processes; 1 works in this one.
         max_bad: Largest share of rejected rows with which a dataset is made.
         shard_mib: A shard is closed once it holds this many MiB.
-        restart: Throw away what an earlier, different import left behind.
+        restart: Throw away what an earlier try left behind.
     """
 
     source: Path
@@ -101,22 +102,27 @@ def run_import(options: ImportOptions) -> dict[str, Any]:
     """
     _check(options)
     source, out = Path(os.path.abspath(options.source)), Path(os.path.abspath(options.out))
-    format_name = choose_format(options.source, options.format)
+    format_name = choose_format(options.source, options.format, options.media_roots)
     logger.info("%s: format %s (%s)", options.source, format_name, FORMATS[format_name].about)
     folder = out.with_name(f".{out.name}.importing")
     began = time.monotonic()
     try:
         with _locked(folder):
-            units = FORMATS[format_name].reader(source).units(source, options.split)
+            units = FORMATS[format_name].reader(source).units(source, options.split, options.media_roots)
             if not units:
                 raise DataError(f"{options.source}: no rows of format {format_name}; see --format")
-            _claim(folder, options, source, format_name, units)
-            work_options = _work_options(options, source, folder, format_name)
+            tars = _media_tars(options, source, format_name)
+            _claim(folder, options, _identity(options, source, format_name, units, tars))
+            _forget_missing_media(folder, options, len(units))
+            work_options = _work_options(options, source, folder, format_name, tars)
             results = _all_units(options, work_options, units)
-            _check_share(options, results)
+            repeats = find_repeats(folder, results)
+            _check_share(options, results, repeats)
             name = options.name or out.name
             tokenizer = TextTokenizer(options.tokenizer)
-            info = publish(folder, out, results, name=name, rules=options.rules, tokenizer=tokenizer)
+            if options.ids != "position":
+                repeats = [replace(repeat, advice=_OTHER_IDS) for repeat in repeats]
+            info = publish(folder, out, results, repeats, name=name, rules=options.rules, tokenizer=tokenizer)
             shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
         raise DataError(
@@ -168,6 +174,8 @@ def _check(options: ImportOptions) -> None:
     ):
         if value not in allowed:
             problems.append(f"{name} {value!r} is not one of {', '.join(allowed)}")
+    if options.split is not None and (problem := split_problem(options.split)):
+        problems.append(f"--split {problem}")
     if options.limit is not None and options.limit < 1:
         problems.append(f"--limit {options.limit} must be at least 1")
     if options.workers < 1:
@@ -193,43 +201,64 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _claim(folder: Path, options: ImportOptions, source: Path, format_name: str, units: Sequence[Unit]) -> None:
+def _media_tars(options: ImportOptions, source: Path, format_name: str) -> list[Path]:
+    """Tar files beside the records that their media may lie in."""
+    return source_files(root_of(source), (".tar",), options.media_roots) if FORMATS[format_name].tars else []
+
+
+def _claim(folder: Path, options: ImportOptions, job: dict[str, Any]) -> None:
     """Make the work folder this import's own, or see that it is."""
-    job = _identity(options, source, format_name, units)
     path = folder / "job.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    if found == job and not options.restart:
+        return
     if found is not None and found != job:
         changed = [key for key in job if found.get(key) != job[key]]
         parts = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob(f"units/*/{work.UNIT_FILE}")]
         rows = sum(part["counts"]["samples"] + part["rejected"] for part in parts)
         # Parts of a source that has changed are of no use; small ones are not worth a question.
-        if not (options.restart or "files" in changed or rows < _CHEAP_ROWS):
+        if not (options.restart or {"files", "tars"} & set(changed) or rows < _CHEAP_ROWS):
             raise DataError(
                 f"{folder} holds an unfinished import of {rows} rows with other {', '.join(changed)}; type that "
                 "command again, or add --restart to throw its parts away"
             )
         logger.info("%s changed since the last try: starting again", ", ".join(changed))
-        for name in ("units", "final"):
-            shutil.rmtree(folder / name, ignore_errors=True)
-        for old in folder.glob("members.*"):
-            old.unlink()
-        found = None
-    if found is None:
-        write_synced(path, json.dumps(job).encode())
-    done = sum(work.finished(folder, number) is not None for number in range(len(units)))
+    for name in ("units", work.FINAL):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for old in folder.glob("members.*"):
+        old.unlink()
+    write_synced(path, json.dumps(job).encode())
+
+
+def _forget_missing_media(folder: Path, options: ImportOptions, units: int) -> None:
+    """Drop finished units that lack media where too much was rejected: the user may have brought them since.
+
+    Where the share is small enough, what was finished stays: a continued import would do most of its work again.
+    """
+    done = [result for number in range(units) if (result := work.finished(folder, number)) is not None]
+    kept = len(done)
+    if _too_bad(options, done) and not (folder / work.FINAL).exists():
+        for result in done:
+            if result.rejected and work.lacks_media(folder, result.number):
+                shutil.rmtree(work.unit_folder(folder, result.number))
+                kept -= 1
     if done:
-        logger.info("%d of %d parts were finished before", done, len(units))
+        logger.info("%d of %d parts were finished before, %d are done again", len(done), units, len(done) - kept)
 
 
-def _identity(options: ImportOptions, source: Path, format_name: str, units: Sequence[Unit]) -> dict[str, Any]:
+def _identity(
+    options: ImportOptions, source: Path, format_name: str, units: Sequence[Unit], tars: Sequence[Path]
+) -> dict[str, Any]:
     root = root_of(source)
     names = sorted({name for unit in units for name in (unit.files or (unit.path,))})
     stats = [(name, (root / name).stat()) for name in names]
+    tar_stats = [(tar, tar.stat()) for tar in tars]
     return {
         "version": IMPORT_VERSION,
         "source": str(source),
         "format": format_name,
         "files": [[name, found.st_size, found.st_mtime_ns] for name, found in stats],
+        "tars": [[str(tar.relative_to(root)), found.st_size, found.st_mtime_ns] for tar, found in tar_stats],
         "units": [[unit.split, unit.path, unit.start, unit.stop] for unit in units],
         "rules": options.rules.digest(TextTokenizer(options.tokenizer).digest()),
         "columns": {**asdict(options.columns), "columns": dict(options.columns.columns)},
@@ -241,11 +270,12 @@ def _identity(options: ImportOptions, source: Path, format_name: str, units: Seq
     }
 
 
-def _work_options(options: ImportOptions, source: Path, folder: Path, format_name: str) -> WorkOptions:
+def _work_options(
+    options: ImportOptions, source: Path, folder: Path, format_name: str, tars: Sequence[Path]
+) -> WorkOptions:
     root = root_of(source)
-    spec = FORMATS[format_name]
     index = None
-    if spec.tars and (tars := sorted(root.rglob("*.tar"))):
+    if tars:
         index = folder / "members.sqlite"
         logger.info("indexing %d tar files of media", len(tars))
         TarIndex.build(index, root, tars)
@@ -362,21 +392,37 @@ class _Progress:
         )  # fmt: skip
 
 
-def _check_share(options: ImportOptions, results: Sequence[UnitResult], *, early: bool = False) -> None:
+def _too_bad(options: ImportOptions, results: Sequence[UnitResult], repeats: int = 0) -> bool:
+    """Whether more of some rows is rejected than may be."""
+    rejected = sum(result.rejected for result in results)
+    rows = rejected + sum(result.samples for result in results)
+    return rejected + repeats > options.max_bad * rows
+
+
+def _check_share(
+    options: ImportOptions, results: Sequence[UnitResult], repeats: Sequence[Repeat] = (), *, early: bool = False
+) -> None:
     """Stop when too much of the source is unusable: it is read the wrong way more often than it is bad.
 
     Raises:
         DataError: With the first reason.
     """
-    bad = sum(result.rejected for result in results)
-    rows = bad + sum(result.samples for result in results)
-    if (early and rows < _EARLY_ROWS) or not bad or bad <= options.max_bad * rows:
+    rejected = sum(result.rejected for result in results)
+    bad = rejected + len(repeats)
+    rows = rejected + sum(result.samples for result in results)
+    if (early and rows < _EARLY_ROWS) or not _too_bad(options, results, len(repeats)):
         return
-    first = next(result.first_rejected for result in sorted(results, key=lambda r: r.number) if result.rejected)
-    text = (
-        f"{bad} of {rows} rows cannot be used, more than --max-bad {options.max_bad:g} allows; the first, {first}\n"
-        f"All are listed in {work.REJECTED_FILE} of the parts in .{options.out.name}.importing/units. Repair the source"
-    )
+    text = f"{bad} of {rows} rows cannot be used, more than --max-bad {options.max_bad:g} allows"
+    if rejected:
+        first = next(result.first_rejected for result in sorted(results, key=lambda r: r.number) if result.rejected)
+        text += (
+            f"; the first, {first}\nAll are listed in {work.REJECTED_FILE} of the parts in "
+            f".{options.out.name}.importing/units"
+        )
+    if repeats:
+        advice = "" if options.ids == "position" else _OTHER_IDS
+        text += f"; {len(repeats)} with an id that was used before, the first, {repeats[0]}{advice}"
+    text += ". Repair the source"
     if bad < rows:
         text += f", or type the same command with --max-bad {math.ceil(100 * bad / rows) / 100:.2f} to leave them out"
     raise DataError(text)

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_pipelines.exceptions import DataError
-from data_pipelines.importers.work import PART, REJECTED_FILE, UnitResult, unit_folder
+from data_pipelines.importers.work import FINAL, PART, PLACES_FILE, REJECTED_FILE, UnitResult, unit_folder
 from data_pipelines.manifest import MANIFEST_SCHEMA, ROW_GROUP, seal_manifest
 from data_pipelines.media.rules import RenderRules
 from data_pipelines.shards import dataset_info, write_info
@@ -22,8 +23,71 @@ _GROUP_ROWS = 2**16
 _SUMS = ("tiles", "total_tokens", "supervised_tokens")
 
 
+@dataclass(frozen=True)
+class Repeat:
+    """A sample whose id was used before in its split.
+
+    Attributes:
+        split: Split.
+        key: Id.
+        where: Place of its row in the source.
+        before: Place of the row that has the id.
+        unit: Number of its unit.
+        row: Its row in the unit's manifest.
+        advice: What to do about it, put behind the message.
+    """
+
+    split: str
+    key: str
+    where: str
+    before: str
+    unit: int
+    row: int
+    advice: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.where}: id {self.key!r} is that of {self.before}"
+
+
+def find_repeats(folder: Path, results: Sequence[UnitResult]) -> list[Repeat]:
+    """Samples whose id was used before in their split, in the order of the source; nothing is changed."""
+    repeats: list[Repeat] = []
+    for split in dict.fromkeys(result.split for result in results):
+        repeats += _repeats_of(folder, split, [r for r in results if r.split == split and r.samples])
+    return repeats
+
+
+def _repeats_of(folder: Path, split: str, parts: Sequence[UnitResult]) -> Iterator[Repeat]:
+    tables = [pq.read_table(unit_folder(folder, part.number) / _MANIFEST, columns=["key"])["key"] for part in parts]
+    keys = pa.chunked_array([chunk for table in tables for chunk in table.chunks], pa.string())
+    counts = pc.value_counts(keys)
+    several = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
+    if not len(several):
+        return
+    seen: dict[str, str] = {}
+    for part, table in zip(parts, tables, strict=True):
+        rows = pc.indices_nonzero(pc.is_in(table, value_set=several)).to_pylist()
+        if not rows:
+            continue
+        text = (unit_folder(folder, part.number) / PLACES_FILE).read_text(encoding="utf-8")
+        places = [json.loads(line) for line in text.splitlines()]
+        for row in rows:
+            key = table[row].as_py()
+            if key in seen:
+                yield Repeat(split, key, places[row], seen[key], part.number, row)
+            else:
+                seen[key] = places[row]
+
+
 def publish(
-    folder: Path, out: Path, results: Sequence[UnitResult], *, name: str, rules: RenderRules, tokenizer: TextTokenizer
+    folder: Path,
+    out: Path,
+    results: Sequence[UnitResult],
+    repeats: Sequence[Repeat],
+    *,
+    name: str,
+    rules: RenderRules,
+    tokenizer: TextTokenizer,
 ) -> dict[str, Any]:
     """Make the dataset folder of an import whose units are all there.
 
@@ -33,6 +97,7 @@ def publish(
         folder: Work folder.
         out: Dataset folder, which must not exist.
         results: Every unit, in order.
+        repeats: What `find_repeats` found, to be left out.
         name: Name of the dataset.
         rules: Prompt and tile rules.
         tokenizer: Copied into the folder, so that it can be looked at on its own.
@@ -43,14 +108,15 @@ def publish(
     Raises:
         DataError: No sample at all.
     """
-    final = folder / "final"
+    final = folder / FINAL
     final.mkdir(exist_ok=True)
     splits = {}
     rejected = [line for result in results for line in _rejected_lines(folder, result)]
     for split in dict.fromkeys(result.split for result in results):
         parts = [result for result in results if result.split == split and result.samples]
         if parts:
-            splits[split] = _publish_split(folder, final, split, parts, rejected)
+            splits[split] = _publish_split(folder, final, split, parts, repeats)
+    rejected += [_repeat_line(repeat) for repeat in repeats]
     if not splits:
         raise DataError(f"nothing of the source became a sample; the first reason: {_first(rejected)}")
     (final / REJECTED_FILE).write_text("".join(rejected), encoding="utf-8")
@@ -75,10 +141,11 @@ def _rejected_lines(folder: Path, result: UnitResult) -> Iterator[str]:
 
 
 def _publish_split(
-    folder: Path, final: Path, split: str, parts: Sequence[UnitResult], rejected: list[str]
+    folder: Path, final: Path, split: str, parts: Sequence[UnitResult], repeats: Sequence[Repeat]
 ) -> dict[str, Any]:
-    repeated = _repeated_rows([unit_folder(folder, part.number) / _MANIFEST for part in parts])
-    rejected += [_repeat_line(split, key) for keys in repeated.values() for key in keys.values()]
+    repeated: dict[int, set[int]] = {}
+    for repeat in repeats:
+        repeated.setdefault(repeat.unit, set()).add(repeat.row)
     shards: list[dict[str, Any]] = []
     counts = dict.fromkeys(("samples", *_SUMS), 0)
     path = final / f"{split}.parquet"
@@ -86,7 +153,7 @@ def _publish_split(
     with pq.ParquetWriter(path, MANIFEST_SCHEMA, compression="zstd", write_page_checksum=True) as writer:
         for number, part in enumerate(parts):
             home = unit_folder(folder, part.number)
-            table = _moved(pq.read_table(home / _MANIFEST), len(shards), repeated.get(number, {}))
+            table = _moved(pq.read_table(home / _MANIFEST), len(shards), repeated.get(part.number, set()))
             counts["samples"] += len(table)
             for column in _SUMS:
                 counts[column] += int(pc.sum(table[column]).as_py() or 0)
@@ -105,7 +172,7 @@ def _place(home: Path, final: Path, split: str, number: int, shard: dict[str, An
     return {**shard, "name": target.name}
 
 
-def _moved(table: pa.Table, shards: int, left_out: dict[int, str]) -> pa.Table:
+def _moved(table: pa.Table, shards: int, left_out: set[int]) -> pa.Table:
     """Rows of a part as rows of the split: shard numbers go on, repeated ids are left out."""
     at = table.schema.get_field_index("shard")
     table = table.set_column(at, "shard", pc.add(table["shard"], pa.scalar(shards, pa.int32())))
@@ -114,28 +181,12 @@ def _moved(table: pa.Table, shards: int, left_out: dict[int, str]) -> pa.Table:
     return table.cast(MANIFEST_SCHEMA)
 
 
-def _repeated_rows(manifests: Sequence[Path]) -> dict[int, dict[int, str]]:
-    """Part number to row number to id, of rows whose id was used before."""
-    parts = [pq.read_table(path, columns=["key"])["key"] for path in manifests]
-    keys = pa.chunked_array([chunk for part in parts for chunk in part.chunks], pa.string())
-    if len(keys.unique()) == len(keys):
-        return {}
-    seen: set[str] = set()
-    repeated: dict[int, dict[int, str]] = {}
-    for number, part in enumerate(parts):
-        for row, key in enumerate(part.to_pylist()):
-            if key in seen:
-                repeated.setdefault(number, {})[row] = key
-            seen.add(key)
-    return repeated
-
-
-def _repeat_line(split: str, key: str) -> str:
+def _repeat_line(repeat: Repeat) -> str:
     line = {
-        "split": split,
-        "where": "",
-        "key": key,
+        "split": repeat.split,
+        "where": repeat.where,
+        "key": repeat.key,
         "reason": "duplicate_id",
-        "message": f"id {key!r} is used before; import with --ids position if it is another sample",
+        "message": f"id {repeat.key!r} is that of {repeat.before}{repeat.advice}",
     }
     return json.dumps(line) + "\n"

@@ -1,9 +1,10 @@
 """What every reader gives: units of a source, their rows, and the rows that could not be read."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import quote
 
 
 @dataclass(frozen=True)
@@ -66,16 +67,29 @@ class Rejected:
 class Reader(Protocol):
     """How one kind of file is cut into units and read."""
 
-    def units(self, source: Path, split: str | None) -> list[Unit]:
-        """Units of a source, in the order of the dataset; `split` overrides the names found in the source."""
+    def units(self, source: Path, split: str | None, roots: Sequence[Path] = ()) -> list[Unit]:
+        """Units of a source, in the order of the dataset.
+
+        Args:
+            source: File or folder.
+            split: Overrides the names found in the source.
+            roots: Folders that links in the source may lead to.
+
+        Raises:
+            DataError: A file that is no file of the format, or a link that leads elsewhere.
+        """
 
     def rows(self, source: Path, unit: Unit) -> Iterator[Row | Rejected]:
         """Rows of a unit, in order."""
 
 
 def position_of(path: str, number: int) -> str:
-    """Identifier of a row by its file, folders included, and its number."""
-    return f"{'-'.join(PurePosixPath(path).with_suffix('').parts)}-{number:07d}"
+    """Identifier of a row by its file and its number.
+
+    The whole relative path is in it, percent-encoded (RFC 3986), so that no two files share one: `a/b.csv` is
+    `a%2Fb.csv`, and neither `a-b.csv` nor `a/b.json` is.
+    """
+    return f"{quote(path, safe='', errors='surrogateescape')}-{number:07d}"
 
 
 def split_of(name: str, override: str | None) -> str:

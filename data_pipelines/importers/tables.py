@@ -1,6 +1,7 @@
 """Rows of JSON and Parquet files and of folders saved by the `datasets` library."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,38 @@ def files_with(source: Path, suffixes: Sequence[str]) -> list[Path]:
     return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(source).parts))
 
 
+def source_files(
+    source: Path, suffixes: Sequence[str], roots: Sequence[Path] = (), names: Sequence[str] = ()
+) -> list[Path]:
+    """Files of a source that are read: as `files_with`, of these names if any are given, and none from elsewhere.
+
+    Raises:
+        DataError: A link that leads outside the source and the roots.
+    """
+    paths = [path for path in files_with(source, suffixes) if not names or path.name in names]
+    if source.is_dir():  # a single file was named by the user, wherever it leads
+        check_inside(paths, source, roots)
+    return paths
+
+
+def check_inside(paths: Iterable[Path], source: Path, roots: Sequence[Path]) -> None:
+    """Refuse files and folders of a source that a link leads to from elsewhere.
+
+    Raises:
+        DataError: Naming the first.
+    """
+    allowed = [Path(os.path.realpath(folder)) for folder in (source, *roots)]
+    real = ((path, Path(os.path.realpath(path))) for path in paths)
+    outside = [(path, target) for path, target in real if not any(target.is_relative_to(root) for root in allowed)]
+    if outside:
+        path, target = outside[0]
+        others = f" (and {len(outside) - 1} more)" if len(outside) > 1 else ""
+        raise DataError(
+            f"{path} is a link to {target}, outside the source folder{others}; if it is yours, copy it into the "
+            f"folder; an import also takes --media-root {target.parent}"
+        )
+
+
 @dataclass(frozen=True)
 class JsonReader:
     """JSON lists and JSON lines.
@@ -48,11 +81,10 @@ class JsonReader:
 
     names: tuple[str, ...] = ()
 
-    def units(self, source: Path, split: str | None) -> list[Unit]:
+    def units(self, source: Path, split: str | None, roots: Sequence[Path] = ()) -> list[Unit]:
         """Ranges of at most 2048 records."""
-        paths = [p for p in files_with(source, JSON_SUFFIXES) if not self.names or p.name in self.names]
         units = []
-        for path in paths:
+        for path in source_files(source, JSON_SUFFIXES, roots, self.names):
             name = path.relative_to(root_of(source)).as_posix()
             # A metadata file is named alike everywhere; its folder may say which split it is.
             told = path.parent.name if self.names and path.parent != root_of(source) else path.stem
@@ -82,10 +114,10 @@ class JsonReader:
 class ParquetReader:
     """Parquet files, as on the Hugging Face hub."""
 
-    def units(self, source: Path, split: str | None) -> list[Unit]:
+    def units(self, source: Path, split: str | None, roots: Sequence[Path] = ()) -> list[Unit]:
         """Runs of row groups of at most 2048 rows, or one larger group."""
         units = []
-        for path in files_with(source, (".parquet",)):
+        for path in source_files(source, (".parquet",), roots):
             name = path.relative_to(root_of(source)).as_posix()
             told = split_of(path.stem.split("-")[0], split)
             if told == "train" and path.parent != root_of(source):
@@ -131,19 +163,20 @@ def _group_units(name: str, split: str, meta: pq.FileMetaData) -> list[Unit]:
 class SavedReader:
     """A folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`."""
 
-    def units(self, source: Path, split: str | None) -> list[Unit]:
+    def units(self, source: Path, split: str | None, roots: Sequence[Path] = ()) -> list[Unit]:
         """Ranges of rows of each split."""
         units = []
-        for name, rows in self._parts(source):
+        for name, rows in self._parts(source, roots):
             told = split_of(name or source.name, split)
             starts = range(0, rows, UNIT_ROWS)
             units += [Unit(told, name, start, min(start + UNIT_ROWS, rows), start) for start in starts]
         return units
 
-    def _parts(self, source: Path) -> list[tuple[str, int]]:
+    def _parts(self, source: Path, roots: Sequence[Path]) -> list[tuple[str, int]]:
         names = [""]
         if (source / "dataset_dict.json").exists():
             names = sorted(path.parent.name for path in source.glob("*/state.json"))
+        check_inside((path for name in names for path in (source / name).iterdir()), source, roots)
         return [(name, len(_saved(source / name))) for name in names]
 
     def rows(self, source: Path, unit: Unit) -> Iterator[Row | Rejected]:

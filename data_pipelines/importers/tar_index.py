@@ -52,7 +52,7 @@ class TarIndex:
             DataError: Several tars may be meant, or the member is larger than `limit`, or cut short.
         """
         if self._base is None:
-            self._base = sqlite3.connect(f"file:{self.path}?mode=ro", uri=True)
+            self._base = sqlite3.connect(self.path.absolute().as_uri() + "?mode=ro", uri=True)
         plain = name.removeprefix("./")
         names = (plain, plain.removeprefix("media/"))
         found = self._base.execute("SELECT tar, start, size FROM member WHERE name IN (?, ?)", names).fetchall()

@@ -1,7 +1,7 @@
 """Samples of webdataset tar files, read in memory: no member is ever written to disk, whatever its name says."""
 
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -10,6 +10,7 @@ from webdataset.tariterators import base_plus_ext
 from data_pipelines.importers.json_ranges import MAX_RECORD_BYTES
 from data_pipelines.importers.parsing import parse_json
 from data_pipelines.importers.rows import Rejected, Row, Unit, position_of, split_of
+from data_pipelines.importers.tables import root_of, source_files
 from data_pipelines.media.kinds import suffix_kind
 from data_pipelines.media.video import MAX_VIDEO_BYTES
 
@@ -20,15 +21,15 @@ MAX_SAMPLE_BYTES = 2 * MAX_VIDEO_BYTES
 class TarReader:
     """Shards as webdataset writes them: files of one base name, one after the other, are one sample."""
 
-    def units(self, source: Path, split: str | None) -> list[Unit]:
+    def units(self, source: Path, split: str | None, roots: Sequence[Path] = ()) -> list[Unit]:
         """One unit a shard."""
-        paths = [source] if source.is_file() else sorted(source.rglob("*.tar"))
-        root = source.parent if source.is_file() else source
+        root = root_of(source)
+        paths = source_files(source, (".tar",), roots)
         return [Unit(split_of(p.name, split), p.relative_to(root).as_posix()) for p in paths]
 
     def rows(self, source: Path, unit: Unit) -> Iterator[Row | Rejected]:
         """Samples of a shard: JSON fields are parsed, texts decoded, media kept as members."""
-        root = source.parent if source.is_file() else source
+        root = root_of(source)
         for number, sample in enumerate(tar_samples(root / unit.path, unit.path)):
             if isinstance(sample, Rejected):
                 yield sample

@@ -16,7 +16,7 @@ from data_pipelines.importers.references import MediaFinder
 from data_pipelines.importers.rows import Rejected, Row, Unit
 from data_pipelines.importers.tar_index import TarIndex
 from data_pipelines.importers.tasks import ColumnOptions
-from data_pipelines.manifest import describe
+from data_pipelines.manifest import describe, manifest_name
 from data_pipelines.media.rules import RenderRules
 from data_pipelines.shards import SplitWriter, write_synced
 from data_pipelines.tokenizer import TextTokenizer
@@ -24,8 +24,12 @@ from data_pipelines.tokenizer import TextTokenizer
 logger = logging.getLogger(__name__)
 
 PART = "part"
+FINAL = "final"
+"""Folder that becomes the dataset: while it is there, shards of units move into it."""
 UNIT_FILE = "unit.json"
 REJECTED_FILE = "rejected.jsonl"
+PLACES_FILE = "places.jsonl"
+"""Place in the source of each sample, one JSON string a line, to name rows whose ids repeat."""
 _DEFECTS = (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError, RecursionError)
 """What hostile or broken data make code raise; a defect of ours among them is reported with its row all the same."""
 
@@ -83,12 +87,25 @@ def unit_folder(folder: Path, number: int) -> Path:
 
 
 def finished(folder: Path, number: int) -> UnitResult | None:
-    """Result of a unit that was finished before, None if it was not."""
+    """Result of a unit that was finished before, None if it was not, or if its files are gone.
+
+    An import that was killed behind its last step leaves units whose shards have moved away with the dataset.
+    """
+    home = unit_folder(folder, number)
     try:
-        text = (unit_folder(folder, number) / UNIT_FILE).read_text(encoding="utf-8")
+        result = UnitResult(**json.loads((home / UNIT_FILE).read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
-    return UnitResult(**json.loads(text))
+    needed = [manifest_name(PART), PLACES_FILE, REJECTED_FILE]
+    if not (folder / FINAL).exists():  # otherwise its shards may be there already
+        needed += [shard["name"] for shard in result.counts["shards"]]
+    return result if all((home / name).exists() for name in needed) else None
+
+
+def lacks_media(folder: Path, number: int) -> bool:
+    """Whether a finished unit rejected rows because of their media."""
+    with (unit_folder(folder, number) / REJECTED_FILE).open(encoding="utf-8") as file:
+        return any(json.loads(line)["reason"] == "media" for line in file)
 
 
 class Worker:
@@ -119,20 +136,23 @@ class Worker:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         rejected: list[Rejected] = []
+        places: list[str] = []
         writer = SplitWriter(
             work, PART, self.options.rules, self.tokenizer, self.options.shard_bytes, key_prefix=f"{number:06d}"
         )
-        counts = writer.write_described(islice(self._described(unit, rejected), limit))
+        counts = writer.write_described(islice(self._described(unit, rejected, places), limit))
         lines = "".join(json.dumps({"split": unit.split, **asdict(item)}) + "\n" for item in rejected)
         write_synced(work / REJECTED_FILE, lines.encode())
+        write_synced(work / PLACES_FILE, "".join(json.dumps(place) + "\n" for place in places).encode())
         first = f"{rejected[0].where}: {rejected[0].message}" if rejected else ""
         result = UnitResult(number, unit.split, counts, len(rejected), first)
         write_synced(work / UNIT_FILE, json.dumps(asdict(result)).encode())
+        shutil.rmtree(target, ignore_errors=True)  # what is left of a unit that `finished` does not count
         work.rename(target)
         return result
 
     def _described(
-        self, unit: Unit, rejected: list[Rejected]
+        self, unit: Unit, rejected: list[Rejected], places: list[str]
     ) -> Iterator[tuple[dict[str, Any], dict[str, bytes], dict[str, Any]]]:
         for row in self.reader.rows(self.options.source, unit):
             if isinstance(row, Rejected):
@@ -144,6 +164,7 @@ class Worker:
             except _DEFECTS as error:
                 rejected.append(_rejected(row, self.converter.key(row), error))
                 continue
+            places.append(row.where)
             yield record, media, described
 
     def _describe(self, record: dict[str, Any], media: dict[str, bytes]) -> dict[str, Any]:

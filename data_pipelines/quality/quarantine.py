@@ -9,11 +9,13 @@ A manifest's hash is part of a run's plan, so a run that is under way refuses to
 Restoring them brings back the very bytes, and with them the plan, that were there before.
 """
 
+import fcntl
 import json
+import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +23,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data_pipelines.dataset import read_info
+from data_pipelines.dataset import PENDING, read_info
 from data_pipelines.exceptions import DataError
 from data_pipelines.manifest import MANIFEST_SCHEMA, ROW_GROUP, seal_manifest
 from data_pipelines.shards import write_info, write_synced
 
+logger = logging.getLogger(__name__)
+
 REASONS = "quarantine.jsonl"
 REJECTED = "rejected.jsonl"
-_PENDING = ".quarantine.pending"
 _SUMS = ("tiles", "total_tokens", "supervised_tokens")
 
 
@@ -46,6 +49,11 @@ def set_aside(folder: Path, split: str, reasons: Mapping[str, str]) -> int:
     Raises:
         DataError: An id that the split does not have, or nothing would be left.
     """
+    with _locked(folder):
+        return _set_aside(folder, split, reasons)
+
+
+def _set_aside(folder: Path, split: str, reasons: Mapping[str, str]) -> int:
     whole = _whole(folder, split)
     lines = _lines(folder)
     known = _keys(lines, split)
@@ -70,6 +78,11 @@ def restore(folder: Path, split: str, keys: Sequence[str] | None = None) -> int:
     Raises:
         DataError: An id that is not set aside.
     """
+    with _locked(folder):
+        return _restore(folder, split, keys)
+
+
+def _restore(folder: Path, split: str, keys: Sequence[str] | None) -> int:
     whole = _whole(folder, split)
     lines = _lines(folder)
     known = _keys(lines, split)
@@ -85,9 +98,9 @@ def restore(folder: Path, split: str, keys: Sequence[str] | None = None) -> int:
 
 def listing(folder: Path) -> list[dict[str, Any]]:
     """Samples set aside and rows never imported: `kind` is `set aside` or `not imported`."""
-    _finish(folder)
-    read_info(folder)
-    aside = [{"kind": "set aside", "where": "", **line} for line in _lines(folder)]
+    with _locked(folder):
+        _finish(folder)
+        aside = [{"kind": "set aside", "where": "", **line} for line in _lines(folder)]
     rejected = [
         {
             "kind": "not imported",
@@ -99,6 +112,21 @@ def listing(folder: Path) -> list[dict[str, Any]]:
         for line in _read_lines(folder / REJECTED)
     ]
     return aside + rejected
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Wait until no other process changes the folder, then keep it; the folder itself is locked, to leave no file."""
+    read_info(folder)
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError as error:  # some network file systems
+            logger.warning("%s cannot be locked (%s): change it from one process at a time", folder, error.strerror)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _lines(folder: Path) -> list[dict[str, Any]]:
@@ -135,7 +163,7 @@ def _original(folder: Path, split: str) -> Path:
 
 def _write(folder: Path, split: str, whole: pa.Table, lines: list[dict[str, Any]]) -> None:
     """Write the new files beside the old and move them in; the move is finished by the next call if it is cut short."""
-    work = folder / f"{_PENDING}.partial"
+    work = folder / f"{PENDING}.partial"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     aside = _keys(lines, split)
@@ -161,14 +189,15 @@ def _write(folder: Path, split: str, whole: pa.Table, lines: list[dict[str, Any]
     entry.update({column: int(pc.sum(planned[column]).as_py()) for column in _SUMS})
     entry.update(seal_manifest(work, split))
     write_info(work, info)
-    work.rename(folder / _PENDING)
+    work.rename(folder / PENDING)
     _finish(folder)
 
 
 def _finish(folder: Path) -> None:
-    pending = folder / _PENDING
+    pending = folder / PENDING
     if pending.exists():
-        for path in sorted(pending.iterdir()):
+        # dataset.json last: it describes the others, and until then the old one does not fit them.
+        for path in sorted(pending.iterdir(), key=lambda path: (path.name == "dataset.json", path.name)):
             os.replace(path, folder / path.name)
         with suppress(FileNotFoundError):
             pending.rmdir()

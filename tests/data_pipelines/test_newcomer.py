@@ -103,19 +103,21 @@ def test_bad_samples_are_set_aside_and_come_back(say, photos, rules, tmp_path):
     assert code == 0
     assert "left out (record): 1" in out
     code, out, _ = say("data", "quarantine", "list", "ds")
-    assert "not imported: train/metadata-0000006: record: " in out
+    assert "not imported: train/metadata.jsonl-0000006: record: " in out
     code, out, _ = say("data", "validate", "ds", "--json")
     report = json.loads(out)
     assert code == 1
-    assert [(p["key"], p["check"]) for p in report["problems"]] == [("metadata-0000005", "image")]
+    assert [(p["key"], p["check"]) for p in report["problems"]] == [("metadata.jsonl-0000005", "image")]
     assert say("data", "validate", "ds", "--quarantine")[0] == 0
     assert say("data", "validate", "ds")[0] == 0
     assert len(Dataset.open(tmp_path / "ds", "train")) == 48
-    assert "set aside: train/metadata-0000005: image: " in say("data", "quarantine", "list", "ds")[1]
+    assert "set aside: train/metadata.jsonl-0000005: image: " in say("data", "quarantine", "list", "ds")[1]
     assert say("data", "quarantine", "restore", "ds")[1] == "restored 1 samples of ds\n"
     assert len(Dataset.open(tmp_path / "ds", "train")) == 49
     assert say("data", "quarantine", "add", "ds")[0] == 2
-    assert json.loads(say("data", "quarantine", "add", "ds", "--key", "metadata-0000001", "--json")[1]) == {"add": 1}
+    assert json.loads(say("data", "quarantine", "add", "ds", "--key", "metadata.jsonl-0000001", "--json")[1]) == {
+        "add": 1
+    }
 
 
 def test_look_at_a_folder(say, photos, rules):
@@ -123,11 +125,11 @@ def test_look_at_a_folder(say, photos, rules):
     (stats,) = json.loads(say("data", "stats", "ds", "--json")[1])
     assert stats["splits"]["train"]["samples"] == 50
     assert "50 images" in say("data", "stats", "ds", "ds")[1]
-    code, out, _ = say("data", "show", "ds", "--key", "metadata-0000003")
+    code, out, _ = say("data", "show", "ds", "--key", "metadata.jsonl-0000003")
     assert code == 0
     assert "It is number 3." in out
     shown = json.loads(say("data", "show", "ds", "--sample", 4, "--json")[1])
-    assert shown["documents"][0]["key"] == "metadata-0000004"
+    assert shown["documents"][0]["key"] == "metadata.jsonl-0000004"
     assert say("data", "show")[0] == say("data", "show", "ds", "ds")[0] == 2
     assert say("data", "show", "ds", "--seq-length", 0)[0] == 2
     code, out, _ = say("data", "import", "photos", "--out", "again", "--like", "ds", "--json")

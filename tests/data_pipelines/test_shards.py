@@ -196,3 +196,10 @@ def test_damage_is_found(tmp_path, write, mixed_samples):
     (folder / "dataset.json").write_text(json.dumps({**info, "format_version": 99}))
     with pytest.raises(DataError, match="format version 99"):
         Dataset.open(folder, "train")
+
+
+@pytest.mark.parametrize("split", ["../evil", "", "-x", ".hidden", "a b", "a/b", "train\n"])
+def test_a_split_is_a_plain_word(tmp_path, write, mixed_samples, split):
+    with pytest.raises(DataError, match="is not a name for a split"):
+        write(tmp_path / "d", mixed_samples(1), split=split)
+    assert list(tmp_path.iterdir()) == []

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from data_pipelines.exceptions import DataError
+from data_pipelines.importers import job
 from data_pipelines.importers.conversations import draft_of
 from data_pipelines.importers.formats import choose_format
 
@@ -71,6 +72,43 @@ def test_each_subset_has_its_own_media(tmp_path, bring, imported, picture, lines
         bring(tmp_path / "src", tmp_path / "second")
 
 
+@pytest.mark.parametrize("name", ["a#b", "a?b", "50%23", "a b"])
+def test_any_name_of_the_output_folder(tmp_path, bring, imported, picture, lines, name):
+    photo = one_in_a_tar(tmp_path / "src", lines, picture(20, 20))
+    bring(tmp_path / "src", tmp_path / name)
+    assert imported(tmp_path / name)[0][1] == {"image0.png": photo}
+
+
+def test_a_tar_that_was_replaced_is_indexed_again(tmp_path, bring, imported, picture, lines, monkeypatch):
+    one_in_a_tar(tmp_path / "src", lines, picture(20, 20))
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "publish", stopped)
+        with pytest.raises(DataError, match="No space left"):
+            bring(tmp_path / "src")
+    new = picture(20, 20, seed=1)
+    with tarfile.open(tmp_path / "src/media/shard_0.tar", "w") as tar:
+        for name, data in (("other.png", picture(90, 90)), ("p.png", new)):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, BytesIO(data))
+    bring(tmp_path / "src")
+    assert imported()[0][1] == {"image0.png": new}
+
+
+def stopped(*args, **options):
+    raise OSError(28, "No space left on device")
+
+
+def one_in_a_tar(folder, lines, photo):
+    """A Nemotron v2 source of one record whose picture, `p.png`, is in `media/shard_0.tar`."""
+    (folder / "media").mkdir(parents=True)
+    write_member(folder / "media/shard_0.tar", "p.png", photo)
+    content = [{"type": "image", "image": "p.png"}, {"type": "text", "text": "q"}]
+    row = {"id": "a", "messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "a"}]}
+    lines(folder / "set.jsonl", [row])
+    return photo
+
+
 def write_member(path, name, data):
     with tarfile.open(path, "w") as tar:
         info = tarfile.TarInfo(name)
@@ -104,7 +142,7 @@ def test_openai_parts_and_data_urls(tmp_path, bring, imported, picture, lines):
     lines(tmp_path / "src/chat.jsonl", [{"messages": messages}])
     assert bring(tmp_path / "src/chat.jsonl")["format"] == "openai"
     ((record, media),) = imported()
-    assert record["id"] == "chat-0000000"
+    assert record["id"] == "chat.jsonl-0000000"
     assert [m["role"] for m in record["messages"]] == ["system", "user", "assistant"]
     assert media == {"image0.png": photo}
 

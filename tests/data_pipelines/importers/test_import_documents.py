@@ -26,7 +26,7 @@ def pdf(tmp_path):
 def test_pages_are_images_with_their_text(tmp_path, pdf, bring, imported, rejected, texts):
     assert bring(tmp_path / "src", max_bad=0.5)["format"] == "pdf"
     samples = imported()
-    assert [record["id"] for record, _ in samples] == ["sub-doc-0000000", "sub-doc-0000002"]
+    assert [record["id"] for record, _ in samples] == ["sub%2Fdoc.pdf-0000000", "sub%2Fdoc.pdf-0000002"]
     assert [texts(record)[1] for record, _ in samples] == ["Total amount: 1,240.00 EUR", "Second page with other words"]
     assert image_size(samples[0][1]["image0.png"]) == (600, 451)  # 4 x 3 inches at 150 dpi, rounded up by PDFium
     assert rejected()[0]["where"] == "sub/doc.pdf:2"

@@ -92,6 +92,27 @@ def test_publishing_may_stop_anywhere(tmp_path, source, bring, monkeypatch):
     assert contents(tmp_path / "whole") == contents(tmp_path / "stopped")
 
 
+def test_killed_behind_the_last_step_and_imported_again(tmp_path, source, bring, monkeypatch):
+    options = {"format": "folder", "max_bad": 0.1}
+    with monkeypatch.context() as patch:
+        patch.setattr(job.shutil, "rmtree", killed_at_the_end(job.shutil.rmtree))
+        with pytest.raises(KeyboardInterrupt):
+            bring(source, **options)
+    first = contents(tmp_path / "imported")
+    shutil.rmtree(tmp_path / "imported")
+    bring(source, **options)
+    assert contents(tmp_path / "imported") == first
+
+
+def killed_at_the_end(rmtree):
+    def remove(path, **options):
+        if path.name == ".imported.importing":
+            raise KeyboardInterrupt
+        rmtree(path, **options)
+
+    return remove
+
+
 @pytest.mark.slow
 def test_killed_at_random_moments(tmp_path, source, tokenizer_folder, bring):
     rules = ["--tokenizer", str(tokenizer_folder), "--tile-size", "64", "--max-tiles", "4", "--max-frames", "8"]
@@ -143,6 +164,26 @@ def test_a_repaired_source_starts_again_by_itself(tmp_path, source, bring):
     assert bring(source, format="folder")["splits"]["train"]["samples"] == 120
 
 
+def test_missing_media_that_were_brought_are_found(tmp_path, source, bring, monkeypatch, picture):
+    run, ran = work.Worker.run, []
+    monkeypatch.setattr(work.Worker, "run", lambda self, number, *rest: ran.append(number) or run(self, number, *rest))
+    with pytest.raises(DataError, match=r"missing\.jpg"):
+        bring(source, format="folder")
+    (source / "missing.jpg").write_bytes(picture(60, 60, "JPEG"))
+    ran.clear()
+    assert bring(source, format="folder")["splits"]["train"]["samples"] == 120
+    assert ran == [0, 4, 8]
+
+
+def test_restart_does_all_again(tmp_path, source, bring, monkeypatch):
+    run, ran = work.Worker.run, []
+    monkeypatch.setattr(work.Worker, "run", lambda self, number, *rest: ran.append(number) or run(self, number, *rest))
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"missing\.jpg"):
+            bring(source, format="folder", restart=True)
+    assert ran == 2 * list(range(12))
+
+
 def test_a_second_import_at_the_same_time_is_refused(tmp_path, source, bring):
     with job._locked(tmp_path / ".imported.importing"), pytest.raises(DataError, match="another import is writing"):
         bring(source, format="folder")
@@ -152,7 +193,7 @@ def test_limit_takes_the_first_of_each_split(tmp_path, bring, imported, lines):
     for split in ("train", "val"):
         lines(tmp_path / f"src/{split}.jsonl", [{"question": f"{split}{i}", "answer": "a"} for i in range(30)])
     bring(tmp_path / "src", limit=7)
-    assert [record["id"] for record, _ in imported()] == [f"train-{i:07d}" for i in range(7)]
+    assert [record["id"] for record, _ in imported()] == [f"train.jsonl-{i:07d}" for i in range(7)]
     assert len(imported(split="validation")) == 7
 
 
@@ -160,20 +201,45 @@ def test_ids_that_repeat_are_left_out_or_renamed(tmp_path, bring, imported, reje
     rows = [{"id": i % 3, "question": f"q{i}", "answer": "a"} for i in range(5)]
     lines(tmp_path / "src/a.jsonl", rows[:4])
     lines(tmp_path / "src/b.jsonl", rows[4:])
-    assert bring(tmp_path / "src")["rejected"] == {"duplicate_id": 2}
+    with pytest.raises(DataError, match=r"2 of 5 rows .*a\.jsonl:4: id '0' is that of a\.jsonl:1;") as caught:
+        bring(tmp_path / "src", max_bad=0.3)
+    assert "--ids position" in str(caught.value)
+    assert "--max-bad 0.40" in str(caught.value)
+    assert not list((tmp_path / ".imported.importing").glob("final/*"))
+    assert bring(tmp_path / "src", max_bad=0.4)["rejected"] == {"duplicate_id": 2}
     assert [record["id"] for record, _ in imported()] == ["0", "1", "2"]
-    assert "--ids position" in rejected()[0]["message"]
+    assert [(line["where"], line["key"]) for line in rejected()] == [("a.jsonl:4", "0"), ("b.jsonl:1", "1")]
+    assert "is that of a.jsonl:1; import with --ids position" in rejected()[0]["message"]
     bring(tmp_path / "src", tmp_path / "second", ids="position")
     assert len(imported(tmp_path / "second")) == 5
+
+
+def test_files_of_like_names_keep_all_samples(tmp_path, bring, imported, lines):
+    names = ("a/b.jsonl", "a-b.jsonl", "a%2Fb.jsonl", "b.json", "b.jsonl")
+    for name in names:
+        lines(tmp_path / "src" / name, [{"question": name, "answer": "x"}])
+    bring(tmp_path / "src")
+    found = [record["id"] for record, _ in imported()]
+    assert len(set(found)) == len(names)
+    assert {"a%2Fb.jsonl-0000000", "a-b.jsonl-0000000", "a%252Fb.jsonl-0000000"} < set(found)
+
+
+def test_advice_does_not_repeat_what_was_typed(tmp_path, bring):
+    repeat = publish.Repeat("train", "k", "b:1", "a:1", 0, 1)
+    result = work.UnitResult(0, "train", {"samples": 2}, 0, "")
+    options = job.ImportOptions(source=tmp_path, out=tmp_path, tokenizer=tmp_path, rules=None, ids="position")
+    with pytest.raises(DataError, match="b:1: id 'k' is that of a:1") as caught:
+        job._check_share(options, [result], [repeat])
+    assert "--ids" not in str(caught.value)
 
 
 def test_every_bad_option_at_once(tmp_path, bring):
     (tmp_path / "out").mkdir()
     with pytest.raises(DataError) as caught:
         bring(tmp_path, tmp_path / "out", task="x", columns={"y": "z"}, ids="q", box_format="b", box_units="u", limit=0,
-              workers=0, max_bad=2, shard_mib=0, media_roots=(tmp_path / "none",))  # fmt: skip
+              workers=0, max_bad=2, shard_mib=0, split="../evil", media_roots=(tmp_path / "none",))  # fmt: skip
     for word in ("exists already", "--task", "--column", "--ids", "--box-format", "--box-units", "--limit", "--workers",
-                 "--max-bad", "--shard-mib", "--media-root"):  # fmt: skip
+                 "--max-bad", "--shard-mib", "--split '../evil'", "--media-root"):  # fmt: skip
         assert word in str(caught.value)
 
 

@@ -53,7 +53,7 @@ def test_parquet_is_cut_at_row_groups(tmp_path):
     units = ParquetReader().units(tmp_path, None)
     assert [(u.start, u.stop, u.first) for u in units] == [(0, 2, 0), (2, 4, 2000), (4, 5, 4000)]
     rows = list(ParquetReader().rows(tmp_path, units[2]))
-    assert (len(rows), rows[0].position) == (1000, "t-0004000")
+    assert (len(rows), rows[0].position) == (1000, "t.parquet-0004000")
     (tmp_path / "t.parquet").write_bytes(b"PAR1 but cut")
     with pytest.raises(DataError, match="not a complete Parquet file"):
         ParquetReader().units(tmp_path, None)

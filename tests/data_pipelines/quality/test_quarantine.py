@@ -1,5 +1,6 @@
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
 
@@ -63,7 +64,7 @@ def test_bad_requests_change_nothing(folder):
     assert contents(folder) == before
 
 
-@pytest.mark.parametrize("moves", [0, 1, 2, 3])
+@pytest.mark.parametrize("moves", [0, 1, 2, 3, 4])
 def test_a_move_cut_short_is_finished_by_the_next_call(folder, monkeypatch, moves):
     before = keys(folder)
     replace, done = os.replace, []
@@ -78,6 +79,20 @@ def test_a_move_cut_short_is_finished_by_the_next_call(folder, monkeypatch, move
     with pytest.raises(KeyboardInterrupt):
         set_aside(folder, "train", {before[0]: "x"})
     monkeypatch.setattr(quarantine.os, "replace", replace)
+    assert "dataset.json" not in [path.name for path in done]
+    with pytest.raises(DataError, match=f"to finish it: nemovl data quarantine list {folder}$"):
+        Dataset.open(folder, "train")
     assert [line["key"] for line in listing(folder)] == [before[0]]
     assert keys(folder) == before[1:]
     assert not [name for name in os.listdir(folder) if name.startswith(".")]
+
+
+def test_two_at_a_time_wait_for_each_other(folder):
+    # Each thread opens the folder by itself, so they lock each other out as processes do.
+    before = keys(folder)
+    with ThreadPoolExecutor() as pool:
+        with quarantine._locked(folder):
+            running = [pool.submit(set_aside, folder, "train", {key: "x"}) for key in before[:4]]
+            assert not wait(running, timeout=0.2).done
+        assert [future.result() for future in running] == [1, 1, 1, 1]
+    assert keys(folder) == before[4:]
