@@ -85,12 +85,13 @@ class Storage:
         """Part of a file."""
         if not self._local:
             return self._ask(lambda: self._fs.cat_file(self.path(name), start=offset, end=offset + size))
-        if name not in self._files:
-            if len(self._files) >= self._MAX_OPEN_FILES:
-                os.close(self._files.popitem(last=False)[1])
-            self._files[name] = os.open(self.path(name), os.O_RDONLY | os.O_CLOEXEC)
-        self._files.move_to_end(name)
-        return os.pread(self._files[name], size, offset)
+        files = self._files  # opening may outlast `forget`: what it gives then belongs to the table of before
+        if name not in files:
+            if len(files) >= self._MAX_OPEN_FILES:
+                os.close(files.popitem(last=False)[1])
+            files[name] = os.open(self.path(name), os.O_RDONLY | os.O_CLOEXEC)
+        files.move_to_end(name)
+        return os.pread(files[name], size, offset)
 
     def read_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes | None]:
         """Parts of files (name, offset, size), together where storage is remote; None for one that failed."""
@@ -195,7 +196,7 @@ class PatientReader:
             outcome = self._run(read)
             if outcome is None:
                 reason = f"no answer within {self._config.timeout_s:g} s"
-                self._inbox = None
+                self.close()  # the thread ends with its read, should that ever end
                 self._storage.forget()
             elif outcome[1] is None:
                 return outcome[0]

@@ -191,6 +191,39 @@ def test_patience_ends(tmp_path):
     forever.set()
 
 
+def test_a_thread_that_was_given_up_ends_with_its_read(tmp_path):
+    reader = PatientReader(ReadConfig(timeout_s=0.05, attempts=2), Storage(str(tmp_path)))
+    released, threads = threading.Event(), []
+
+    def stall():
+        threads.append(threading.current_thread())
+        released.wait()
+
+    with pytest.raises(DataError):
+        reader.call("the file", stall)
+    released.set()
+    for thread in threads:
+        thread.join(2)
+    assert [thread.is_alive() for thread in threads] == [False, False]
+
+
+def test_a_file_that_opens_after_it_was_given_up_is_not_used(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    storage = Storage(str(tmp_path))
+    reader = PatientReader(ReadConfig(timeout_s=0.1, attempts=1), storage)
+    threads = []
+
+    def read():
+        threads.append(threading.current_thread())
+        storage.read_range("pipe", 0, 1)
+
+    with pytest.raises(DataError, match="no answer"):
+        reader.call("the pipe", read)
+    os.close(os.open(tmp_path / "pipe", os.O_WRONLY))  # the reader's open returns
+    threads[0].join(2)
+    assert not storage._files
+
+
 def test_bugs_in_a_read_are_not_called_storage(tmp_path):
     reader = PatientReader(IMPATIENT, Storage(str(tmp_path)))
     with pytest.raises(ZeroDivisionError):
