@@ -23,7 +23,15 @@ ADVICE = {
 
 
 def bench(
-    config: DataConfig, *, tokens_per_tile: int, seed: int, global_batch: int, packs: int, tokens_per_second: float
+    config: DataConfig,
+    *,
+    tokens_per_tile: int,
+    seed: int,
+    global_batch: int,
+    packs: int,
+    tokens_per_second: float,
+    ranks_per_pack: int,
+    ranks_per_node: int,
 ) -> dict[str, Any]:
     """Build packs in this process, then, where the config has workers, through them.
 
@@ -34,14 +42,17 @@ def bench(
         global_batch: Packs of a step.
         packs: Packs to build; one more warms up.
         tokens_per_second: What one GPU consumes.
+        ranks_per_pack: Ranks that share a pack (tensor times context parallel); each of them builds it whole.
+        ranks_per_node: GPUs of a node.
 
     Returns:
         `worker`: rates of one process and its seconds by step; `loader`: rates with all workers, or None; `slowest`,
-        `advice`; `workers_per_gpu`: processes that one GPU needs, rounded up.
+        `advice`; `workers_per_rank`: processes that keep up with one rank's packs, rounded up; `workers_per_node`.
     """
     torch.set_num_threads(1)
     alone = _alone(config, tokens_per_tile, seed, global_batch, packs)
     loader = _with_workers(config, tokens_per_tile, seed, packs) if config.num_workers else None
+    workers = math.ceil(tokens_per_second * ranks_per_pack / alone["tokens_per_second"])
     slowest = max(alone["seconds"], key=alone["seconds"].get)
     return {
         "packs": packs,
@@ -51,7 +62,9 @@ def bench(
         "slowest": slowest,
         "advice": ADVICE[slowest],
         "gpu_tokens_per_second": tokens_per_second,
-        "workers_per_gpu": math.ceil(tokens_per_second / alone["tokens_per_second"]),
+        "ranks_per_pack": ranks_per_pack,
+        "workers_per_rank": workers,
+        "workers_per_node": workers * ranks_per_node,
     }
 
 
@@ -59,13 +72,16 @@ def _alone(config: DataConfig, tokens_per_tile: int, seed: int, global_batch: in
     opened = open_sources(config, tokens_per_tile)
     plan = plan_of(config, opened, seed=seed, global_batch=global_batch)
     builder = PackBuilder(config, opened.datasets, opened.rules, opened.tokenizer)
-    builder.build(plan.pack(0))
+    began = time.perf_counter()
+    plan.window(0)
+    # A window is planned once for all its packs, however many of them are built here.
+    planning = (time.perf_counter() - began) / plan.window_packs * packs
+    planned = [plan.pack(i) for i in range(1 + packs)]
+    builder.build(planned[0])
     builder.seconds = dict.fromkeys(builder.seconds, 0.0)
     began = time.perf_counter()
-    planned = [plan.pack(1 + i) for i in range(packs)]
-    planning = time.perf_counter() - began
-    built = [_counts(builder.build(pack).pack) for pack in planned]
-    seconds = time.perf_counter() - began
+    built = [_counts(builder.build(pack).pack) for pack in planned[1:]]
+    seconds = planning + time.perf_counter() - began
     for dataset in opened.datasets.values():
         dataset.close()
     return {**_rates(built, seconds), "seconds": {PLAN: round(planning, 4), **_rounded(builder.seconds)}}
@@ -108,7 +124,8 @@ def as_text(found: dict[str, Any]) -> str:
     total = sum(seconds.values())
     lines += ["", "share of one process: " + ", ".join(f"{step} {part / total:.0%}" for step, part in seconds.items())]
     lines.append(
-        f"a GPU that takes {found['gpu_tokens_per_second']:,g} tokens/s needs {found['workers_per_gpu']} worker(s); "
+        f"a rank that takes {found['gpu_tokens_per_second']:,g} tokens/s, in packs that {found['ranks_per_pack']} "
+        f"rank(s) share, needs {found['workers_per_rank']} worker(s), a node {found['workers_per_node']}; "
         f"{found['advice']}"
     )
     return "\n".join(lines)

@@ -124,7 +124,7 @@ class Dataset:
                 manifest missing or changed, or token counts made with another tokenizer, template or tile rule.
         """
         folder = str(path)
-        info = read_info(folder)
+        info = read_info(folder, read)
         if split not in info["splits"]:
             raise DataError(f"{folder} has no split {split!r}; it has {', '.join(sorted(info['splits']))}")
         _check_rules(folder, info, rules, tokenizer)
@@ -151,7 +151,8 @@ class Dataset:
         local = self._storage.local(index_name(self.split))
         if local is not None:
             return np.load(local, mmap_mode="r")
-        return np.load(io.BytesIO(self._storage.read(index_name(self.split))))
+        name = index_name(self.split)
+        return np.load(io.BytesIO(self._reader.call(f"{self.folder}/{name}", lambda: self._storage.read(name))))
 
     @property
     def lengths(self) -> np.ndarray:
@@ -173,7 +174,7 @@ class Dataset:
         # pages carry checksums of their own; the footer that names them, and the counts, are hashed here.
         shards = {shard["name"]: shard["bytes"] for shard in self._entry["shards"]}
         names = {"manifest": manifest_name(self.split), "index": index_name(self.split)}
-        sizes = self._storage.sizes([*names.values(), *shards])
+        sizes = self._reader.call(self.folder, lambda: self._storage.sizes([*names.values(), *shards]))
         pending = self._storage.local(f"{PENDING}/dataset.json")
         if pending is not None and os.path.exists(pending):
             raise DataError(
@@ -184,7 +185,8 @@ class Dataset:
             place = f"{self.folder}/{name}"
             if sizes[name] is None:
                 raise DataError(f"{place} is missing; copy or write the dataset again")
-            if self._digest(kind, name) != self._entry[f"{kind}_check_sha256"]:
+            digest = self._reader.call(place, functools.partial(self._digest, kind, name))
+            if digest != self._entry[f"{kind}_check_sha256"]:
                 raise DataError(
                     f"{place} is not the file that dataset.json describes (SHA-256 differs); copy or write the dataset "
                     "again"
@@ -295,14 +297,16 @@ class Dataset:
 
     def _read_row_group(self, group: int) -> "_RowGroup":
         assert self._manifest is not None
-        file, _ = self._manifest
-        try:
-            return self._reader.call(
-                self._manifest_path, lambda: _RowGroup(file.read_row_group(group, use_threads=False))
-            )
-        except DataError:
-            self._manifest = None  # a read that was given up may still hold the file
-            raise
+        opened = [self._manifest]
+        self._manifest = None
+
+        def read() -> tuple[tuple[pq.ParquetFile, np.ndarray], _RowGroup]:
+            # A read that was given up may still hold the file: another attempt opens its own.
+            manifest = opened.pop() if opened else self._open_manifest()
+            return manifest, _RowGroup(manifest[0].read_row_group(group, use_threads=False))
+
+        self._manifest, rows = self._reader.call(self._manifest_path, read)
+        return rows
 
     def close(self) -> None:
         """Close the open files."""
@@ -313,17 +317,19 @@ class Dataset:
         self._storage.close()
 
 
-def read_info(folder: object) -> dict[str, Any]:
-    """Content of `dataset.json` of a folder, given as path or URL.
+def read_info(folder: object, read: ReadConfig | None = None) -> dict[str, Any]:
+    """Content of `dataset.json` of a folder, given as path or URL, read with the time-outs of `read`.
 
     Raises:
         DataError: Missing, not JSON, or of another format version.
     """
     path, storage = f"{folder}/dataset.json", Storage(str(folder))
     try:
-        info = json.loads(storage.read("dataset.json"))
-    except OSError as error:
-        raise DataError(f"no dataset at {folder}: {path} cannot be read ({error.strerror or error})") from error
+        data = PatientReader(read or ReadConfig(), storage).call(path, lambda: storage.read("dataset.json"))
+    except DataError as error:
+        raise DataError(f"no dataset at {folder}: {error}") from error
+    try:
+        info = json.loads(data)
     except ValueError as error:
         raise DataError(f"{path} is not JSON: {error}") from error
     version = info.get("format_version") if isinstance(info, dict) else None

@@ -31,7 +31,7 @@ from data_pipelines.order import SourceOrder, keyed_order
 from data_pipelines.sources import TOO_LONG, Draw, PlannedPack, PlanSource, Window, pack_window, plan_source
 from data_pipelines.tokenizer import TextTokenizer
 
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 _WINDOWS_HELD = 4
 _PROBED_SAMPLES = 32768
 _MOST_PROBES = 8
@@ -189,6 +189,8 @@ class Plan:
         room = self.window_packs * self._capacity
         everything = sum(order.total for order in self._orders)
         budget = min(room, everything)
+        if self._by_count:
+            return budget  # a window draws exactly as many samples as it has packs
         per_window = max(1, int(budget / self._mean_size()))
         probes = min(_MOST_PROBES, max(2, _PROBED_SAMPLES // per_window))
         for _ in range(_MOST_TRIES):
@@ -197,10 +199,8 @@ class Plan:
                 break
             # What is over is the small items at the end, and they are slow to go.
             budget = max(1, budget - max(over, budget // 2000))
-        if len(self.sources) == 1 and (budget == everything or self._by_count):
-            return budget  # every window is the same samples, or has the same number of them
-        if self._by_count:
-            return max(1, budget - len(self.sources) + 1)  # each source may round up
+        if len(self.sources) == 1 and budget == everything:
+            return budget  # every window is the same samples
         margin = min(self._capacity // 2, budget // 50) + budget // 2000
         if self.packing != "bfd":
             # Best fit finds a place for the last small items. Elsewhere what is left varies from window to window, like
@@ -216,8 +216,6 @@ class Plan:
         placed = sum(len(items) for items in window.bins)
         if placed == len(window.draw.rows):
             return 0
-        if self._by_count:
-            return len(window.draw.rows) - placed
         members = [i for items in window.bins for i in items]
         return int(window.draw.lengths.sum() - window.draw.lengths[members].sum())
 
@@ -230,11 +228,15 @@ class Plan:
 
     def _draw(self, number: int, budget: int) -> Draw:
         """The samples of a window, mixed."""
-        chosen = []
-        for order, share in zip(self._orders, self._token_shares, strict=True):
-            stretch = share * budget
-            chosen.append(order.rows(stretch * number // 1, stretch * (number + 1) // 1))
+        bounds = self._begins(number * budget), self._begins((number + 1) * budget)
+        chosen = [order.rows(*stretch) for order, *stretch in zip(self._orders, *bounds, strict=True)]
         return Draw.of(self.sources, chosen, self._shuffle(f"samples {number}", sum(map(len, chosen))))
+
+    def _begins(self, drawn: int) -> list[int]:
+        """Place in each source's order once the blend has drawn so much."""
+        if self._by_count:
+            return apportion(drawn, self._token_shares)
+        return [share * drawn // 1 for share in self._token_shares]
 
     def _deal(self, costs: np.ndarray, number: int) -> np.ndarray:
         """Order of a window's packs: sorted by cost, cut into steps, steps and the packs of a step shuffled."""
@@ -250,6 +252,23 @@ class Plan:
 
     def _shuffle(self, purpose: str, size: int) -> np.ndarray:
         return keyed_order(size, f"{purpose} {self.seed}")
+
+
+def apportion(total: int, shares: Sequence[Fraction]) -> list[int]:
+    """Whole numbers that add up to `total`, in proportion to `shares`: Webster's method (Balinski and Young, 1982).
+
+    Unlike rounding by largest remainder, no number falls as `total` rises, so that windows cut by it never overlap.
+
+    Args:
+        total: 0 or more.
+        shares: Above 0, of sum 1.
+    """
+    # Item c of a share comes at time (c + 1/2) / share. Before this time there are at most `total` items.
+    time = max(Fraction(total) - Fraction(len(shares), 2), Fraction())
+    counts = [math.floor(time * share + Fraction(1, 2)) for share in shares]
+    while sum(counts) < total:
+        counts[min(range(len(shares)), key=lambda i: (2 * counts[i] + 1) / shares[i])] += 1
+    return counts
 
 
 def _check_blend(sources: Sequence[PlanSource], packing: str, seq_length: int, window_samples: int) -> None:

@@ -20,6 +20,9 @@ from data_pipelines.exceptions import DataError
 
 logger = logging.getLogger(__name__)
 
+_LASTING = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+"""Errors that another attempt does not mend."""
+
 
 class Storage:
     """A folder by path or URL. Safe to pickle into a worker process.
@@ -60,7 +63,8 @@ class Storage:
 
     def open(self, name: str) -> io.BufferedIOBase:
         """A file to seek and read in."""
-        return self._fs.open(self.path(name), "rb")
+        file = self._ask(lambda: self._fs.open(self.path(name), "rb"))
+        return file if self._local else _AskedFile(file, self._ask)
 
     def local(self, name: str) -> str | None:
         """Path of a file that lies on this machine, to map into memory."""
@@ -81,12 +85,13 @@ class Storage:
         """Part of a file."""
         if not self._local:
             return self._ask(lambda: self._fs.cat_file(self.path(name), start=offset, end=offset + size))
-        if name not in self._files:
-            if len(self._files) >= self._MAX_OPEN_FILES:
-                os.close(self._files.popitem(last=False)[1])
-            self._files[name] = os.open(self.path(name), os.O_RDONLY | os.O_CLOEXEC)
-        self._files.move_to_end(name)
-        return os.pread(self._files[name], size, offset)
+        files = self._files  # opening may outlast `forget`: what it gives then belongs to the table of before
+        if name not in files:
+            if len(files) >= self._MAX_OPEN_FILES:
+                os.close(files.popitem(last=False)[1])
+            files[name] = os.open(self.path(name), os.O_RDONLY | os.O_CLOEXEC)
+        files.move_to_end(name)
+        return os.pread(files[name], size, offset)
 
     def read_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes | None]:
         """Parts of files (name, offset, size), together where storage is remote; None for one that failed."""
@@ -133,6 +138,33 @@ class Storage:
             return None
 
 
+class _AskedFile(io.BufferedIOBase):
+    """A remote file whose driver's errors are OSErrors."""
+
+    def __init__(self, file: Any, ask: Callable[[Callable[[], Any]], Any]) -> None:
+        self._file, self._ask = file, ask
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._ask(lambda: self._file.seek(offset, whence))
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def read(self, size: int | None = -1) -> bytes:
+        return self._ask(lambda: self._file.read(-1 if size is None else size))
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
+
+
 class PatientReader:
     """Runs reads in a thread of its own, gives up on one that stalls and tries again.
 
@@ -154,7 +186,7 @@ class PatientReader:
         """The result of `read`, tried as often as the config says, or as `attempts` does.
 
         Raises:
-            DataError: Every attempt failed or stalled; the last reason is named.
+            DataError: Every attempt failed or stalled, or the file is not there; the last reason is named.
         """
         reason = ""
         attempts = attempts or self._config.attempts
@@ -164,7 +196,7 @@ class PatientReader:
             outcome = self._run(read)
             if outcome is None:
                 reason = f"no answer within {self._config.timeout_s:g} s"
-                self._inbox = None
+                self.close()  # the thread ends with its read, should that ever end
                 self._storage.forget()
             elif outcome[1] is None:
                 return outcome[0]
@@ -172,8 +204,10 @@ class PatientReader:
                 raise outcome[1]
             else:
                 reason = f"{type(outcome[1]).__name__}: {outcome[1]}"
+                if isinstance(outcome[1], _LASTING):
+                    break
             logger.warning("reading %s, attempt %d of %d: %s", what, attempt + 1, attempts, reason)
-        raise DataError(f"{what} cannot be read: {reason} (attempts: {attempts})")
+        raise DataError(f"{what} cannot be read: {reason} (attempts: {attempt + 1})")
 
     def close(self) -> None:
         """Let the thread end."""

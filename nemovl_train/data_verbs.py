@@ -77,6 +77,8 @@ def _bench(args: argparse.Namespace) -> int:
         global_batch=config.trainer.global_batch,
         packs=args.packs,
         tokens_per_second=args.gpu_tokens_per_s,
+        ranks_per_pack=config.parallel.tp * config.parallel.cp,
+        ranks_per_node=config.cluster.gpus_per_node,
     )
     print(json.dumps(found, indent=1) if args.json else as_text(found))
     return ExitCode.OK

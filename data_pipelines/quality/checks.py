@@ -78,8 +78,8 @@ class SampleChecks:
     seq_length: int | None
     fast: bool
 
-    def problems(self, row: int) -> tuple[list[Problem], str]:
-        """Problems of a sample, and a hash of its content without its id; empty when it cannot be read."""
+    def problems(self, row: int) -> tuple[list[Problem], int | None]:
+        """Problems of a sample, and a 64-bit hash of its content without its id; None when it cannot be read."""
         found: list[Problem] = []
         entry = self.dataset.row(row)
 
@@ -91,12 +91,12 @@ class SampleChecks:
             stored = self.dataset.read(row)
         except (DataError, OSError, ValueError) as error:
             add(ERROR, "storage", str(error))
-            return found, ""
+            return found, None
         try:
             validate_record(stored.record)
         except DataError as error:
             add(ERROR, "record", str(error))
-            return found, ""
+            return found, None
         layouts = [
             lay_out(shape, self.rules, max_tiles=self.rules.max_tiles, max_frames=self.rules.max_frames)
             for shape in stored.shapes
@@ -199,7 +199,7 @@ def think_problem(text: str) -> str:
     return ""
 
 
-def _content_hash(stored: StoredSample) -> str:
+def _content_hash(stored: StoredSample) -> int:
     messages = json.dumps(
         [[m["role"], [_bare(item) for item in content_items(m)]] for m in stored.record["messages"]], sort_keys=True
     )
@@ -207,7 +207,7 @@ def _content_hash(stored: StoredSample) -> str:
     for item in media_items(stored.record):
         if item.member in stored.media:
             sha.update(hashlib.sha256(stored.media[item.member]).digest())
-    return sha.hexdigest()
+    return int.from_bytes(sha.digest()[:8])
 
 
 def _bare(item: Mapping[str, Any]) -> list[Any]:

@@ -1,7 +1,9 @@
 """Every sample of a dataset folder checked, every problem named: file, key, reason, fix."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from data_pipelines.quality.checks import ERROR, WARNING, Problem, SampleChecks
 from data_pipelines.tokenizer import TextTokenizer
 
 _CHUNK = 64
+_CHUNKS_AHEAD = 4
+"""Chunks of each process that wait or are done before they are looked at."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,14 +102,15 @@ def validate(
     samples = 0
     for name in [split] if split else list(info["splits"]):
         try:
-            rows = len(Dataset.open(folder, name))
+            dataset = Dataset.open(folder, name)
             _check_manifest(folder, name, info["splits"][name]["manifest_sha256"])
         except DataError as error:
             fix = "copy the folder again, or import the source again"
             problems.append(Problem(ERROR, "folder", name, -1, "", "dataset.json", str(error), fix))
             continue
-        problems += _check_split(_Spec(folder, name, place, seq_length, fast), rows, workers)
-        samples += rows
+        problems += _check_split(_Spec(folder, name, place, seq_length, fast), dataset, workers)
+        samples += len(dataset)
+        dataset.close()
     return Report(
         folder=str(folder),
         samples=samples,
@@ -123,30 +128,43 @@ def _check_manifest(folder: Path, split: str, expected: str) -> None:
         raise DataError(f"{path} is damaged: SHA-256 differs from the one in dataset.json")
 
 
-def _check_split(spec: _Spec, rows: int, workers: int) -> list[Problem]:
-    chunks = [range(start, min(start + _CHUNK, rows)) for start in range(0, rows, _CHUNK)]
+def _check_split(spec: _Spec, dataset: Dataset, workers: int) -> list[Problem]:
     problems: list[Problem] = []
-    seen: dict[str, str] = {}
-    for number, chunk in enumerate(_checked(spec, chunks, workers)):
-        for row, (found, key, digest) in zip(chunks[number], chunk, strict=True):
+    seen: dict[int, int] = {}
+    for rows, checked in _checked(spec, len(dataset), workers):
+        for row, (found, digest) in zip(rows, checked, strict=True):
             problems += found
-            first = seen.setdefault(digest, key) if digest else key
-            if first != key:
-                reason = f"same messages and media as {first!r}"
+            if digest is None or (first := seen.setdefault(digest, row)) == row:
+                continue
+            # Keys are looked up on a hit alone: those of all samples would fill the memory.
+            key, other = dataset.key(row), dataset.key(first)
+            if key != other:
+                reason = f"same messages and media as {other!r}"
                 problems.append(Problem(WARNING, "duplicate", spec.split, row, key, "", reason, "keep one of them"))
     return problems
 
 
-type _Checked = list[tuple[list[Problem], str, str]]
+type _Checked = list[tuple[list[Problem], int | None]]
 
 
-def _checked(spec: _Spec, chunks: Sequence[range], workers: int) -> Iterator[_Checked]:
-    if workers == 1 or len(chunks) <= 1:
+def _checked(spec: _Spec, rows: int, workers: int) -> Iterator[tuple[range, _Checked]]:
+    """Chunks of rows with what was found in them, in order."""
+    chunks = (range(start, min(start + _CHUNK, rows)) for start in range(0, rows, _CHUNK))
+    workers = min(workers, -(-rows // _CHUNK))
+    if workers <= 1:
         checks = _open(spec)
-        yield from (_check_rows(checks, chunk) for chunk in chunks)
+        yield from ((chunk, _check_rows(checks, chunk)) for chunk in chunks)
         return
-    with process_pool(min(workers, len(chunks)), _start, spec) as pool:
-        yield from pool.map(_check_in_process, chunks)
+    with process_pool(workers, _start, spec) as pool:
+        running: deque[tuple[range, Future[_Checked]]] = deque()
+        for chunk in chunks:
+            # Not all at once: millions of futures would be built before the first is done.
+            if len(running) >= _CHUNKS_AHEAD * workers:
+                done, future = running.popleft()
+                yield done, future.result()
+            running.append((chunk, pool.submit(_check_in_process, chunk)))
+        for done, future in running:
+            yield done, future.result()
 
 
 def _open(spec: _Spec) -> SampleChecks:
@@ -156,7 +174,7 @@ def _open(spec: _Spec) -> SampleChecks:
 
 
 def _check_rows(checks: SampleChecks, rows: range) -> _Checked:
-    return [(found, checks.dataset.key(row), digest) for row in rows for found, digest in [checks.problems(row)]]
+    return [checks.problems(row) for row in rows]
 
 
 _checks: SampleChecks | None = None

@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,8 @@ RESUME_MAY_CHANGE = (
     "optim.overlap_grad_reduce",
     "optim.overlap_param_gather",
     "data.num_workers",
+    "data.read",
+    "data.sources.*.path",
     "trainer.max_bad_steps",
     "trainer.threads",
     "checkpoint",
@@ -29,7 +32,8 @@ RESUME_MAY_CHANGE = (
     "cluster",
     "workload",
 )
-"""Keys that a continued run may change: they move no sample and no update rule."""
+"""Keys that a continued run may change: they move no sample and no update rule. `*` stands for any name.
+A dataset folder may move: that its content is the same, the data plan's hash says."""
 
 _SECRET_KEY = re.compile(r"(^|_)(secret|password|passwd|token|credentials?|(api|access|private)_?key)$", re.IGNORECASE)
 _SECRET_VALUE = re.compile(r"\b(hf_|ghp_|github_pat_|sk-|AKIA|glpat-|xox[abp]-)[A-Za-z0-9_-]{8,}")
@@ -92,7 +96,7 @@ def config_hash(config: RunConfig | ScheduleConfig, *, ignore: Iterable[str] = R
 
     Args:
         config: A complete config.
-        ignore: Dotted keys or sections to leave out; `()` hashes everything.
+        ignore: Dotted keys or sections to leave out, `*` for any name; `()` hashes everything.
     """
     leaves = sorted(_leaves(config, ignore).items())
     return hashlib.sha256(json.dumps(leaves, separators=(",", ":")).encode()).hexdigest()
@@ -106,7 +110,7 @@ def config_diff[T: (RunConfig, ScheduleConfig)](
     Args:
         old: The config before.
         new: The config now.
-        ignore: Dotted keys or sections to leave out; `()` compares everything.
+        ignore: Dotted keys or sections to leave out, `*` for any name; `()` compares everything.
     """
     left, right = (redact(_leaves(config, ignore)) for config in (old, new))
     keys = sorted(left.keys() | right.keys())
@@ -116,4 +120,4 @@ def config_diff[T: (RunConfig, ScheduleConfig)](
 def _leaves(config: RunConfig | ScheduleConfig, ignore: Iterable[str]) -> dict[str, Any]:
     dropped = tuple(ignore)
     leaves = flatten(to_plain(config))
-    return {key: value for key, value in leaves if not any(key == d or key.startswith(f"{d}.") for d in dropped)}
+    return {k: v for k, v in leaves if not any(fnmatchcase(k, d) or fnmatchcase(k, f"{d}.*") for d in dropped)}

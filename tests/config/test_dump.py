@@ -64,4 +64,18 @@ def test_hash_and_diff_see_what_decides_the_result():
     assert "run.root" in [change.key for change in config_diff(a, compose_run(STAGE, values={"run.root": "x"}))]
     changes = {change.key: (change.old, change.new) for change in config_diff(a, other)}
     assert changes["optim.lr"] == (a.optim.lr, 5e-4)
-    assert changes["data.sources.extra.path"] == (None, "x")
+    assert changes["data.sources.extra.weight"] == (None, 1.0)
+
+
+def test_a_resumed_run_may_find_its_data_elsewhere_and_read_them_otherwise():
+    a = compose_run(STAGE)
+    name = next(iter(a.data.sources))
+    for key, value in ((f"data.sources.{name}.path", "/elsewhere"), ("data.read.timeout_s", 7.0)):
+        moved = compose_run(STAGE, values={key: value})
+        assert config_hash(a) == config_hash(moved)
+        assert config_diff(a, moved) == []
+        assert [change.key for change in config_diff(a, moved, ignore=())] == [key]
+    for key, value in ((f"data.sources.{name}.split", "other"), ("data.tokenizer", "/elsewhere")):
+        other = compose_run(STAGE, values={key: value})
+        assert config_hash(a) != config_hash(other)
+        assert [change.key for change in config_diff(a, other)] == [key]

@@ -1,11 +1,17 @@
+import time
+
 import pytest
 from test_plan import plan, random_lengths, source, vlm_source
 
+from data_pipelines import pack
 from data_pipelines.bench import as_text as bench_text
 from data_pipelines.bench import bench
 from data_pipelines.exceptions import DataError
 from data_pipelines.fit import Fit
 from data_pipelines.forecast import as_text, forecast
+from data_pipelines.plan import Plan
+
+BENCH = {"tokens_per_tile": 4, "seed": 1, "global_batch": 2, "tokens_per_second": 1e6, "ranks_per_node": 8}
 
 
 def test_forecast_counts_what_the_stream_holds():
@@ -55,14 +61,41 @@ def test_straggler_is_of_ranks_that_share_a_step():
         forecast(p, steps=8, global_batch=32, ranks=33)
 
 
-def test_bench_names_the_slowest_step(mixed_folder, configure):
-    config = configure({"mixed": mixed_folder}, num_workers=1)
-    found = bench(config, tokens_per_tile=4, seed=1, global_batch=2, packs=6, tokens_per_second=1e6)
+@pytest.mark.parametrize(
+    ("owner", "name", "step"),
+    [
+        (Plan, "_make_window", "plan"),
+        (pack.PackBuilder, "_read", "read"),
+        (pack, "encode_record", "text"),
+        (pack, "media_tiles", "media"),
+        (pack.PackBuilder, "_join", "join"),
+    ],
+)
+def test_bench_names_the_step_that_was_slowed(mixed_folder, configure, monkeypatch, owner, name, step):
+    original = getattr(owner, name)
+
+    def slowed(*args, **options):
+        # A window is as slow as its packs together.
+        time.sleep(0.1 * (args[0].window_packs if step == "plan" else 1))
+        return original(*args, **options)
+
+    monkeypatch.setattr(owner, name, slowed)
+    config = configure({"mixed": mixed_folder}, window_samples=8)
+    found = bench(config, packs=2, ranks_per_pack=1, **BENCH)
     worker = found["worker"]
-    assert set(worker["seconds"]) == {"plan", "read", "text", "media", "join"}
-    assert found["slowest"] == max(worker["seconds"], key=worker["seconds"].get)
+    assert found["slowest"] == step
+    assert worker["seconds"][step] >= 0.2
+    assert worker["packs_per_second"] <= 10
+    assert found["advice"] in bench_text(found)
+
+
+def test_bench_counts_workers_of_ranks_that_share_packs(mixed_folder, configure):
+    config = configure({"mixed": mixed_folder}, num_workers=1)
+    found = bench(config, packs=6, ranks_per_pack=4, **BENCH)
+    worker = found["worker"]
     assert min(worker["tokens_per_second"], worker["tiles_per_second"], found["loader"]["samples_per_second"]) > 0
-    assert found["workers_per_gpu"] == pytest.approx(1e6 / worker["tokens_per_second"], abs=1)
+    assert found["workers_per_rank"] == pytest.approx(4e6 / worker["tokens_per_second"], abs=1)
+    assert found["workers_per_node"] == 8 * found["workers_per_rank"]
     text = bench_text(found)
     assert "loader, 1 workers" in text
-    assert found["advice"] in text
+    assert f"packs that 4 rank(s) share, needs {found['workers_per_rank']} worker(s)" in text

@@ -12,7 +12,7 @@ from data_pipelines.fit import Fit, shrink_sample
 from data_pipelines.media.rules import MediaShape, RenderRules, lay_out
 from data_pipelines.order import SourceOrder, keyed_order
 from data_pipelines.packing import pack_lengths
-from data_pipelines.plan import Plan
+from data_pipelines.plan import Plan, apportion
 from data_pipelines.sources import NO_ROOM, TOO_LONG, PlanSource
 from data_pipelines.template import encode_record
 
@@ -283,6 +283,31 @@ def test_samples_without_room_sit_out_and_are_counted(caplog):
     assert f"window 0 of the data plan had no room for {window.dropped[NO_ROOM]} samples" in caplog.text
     assert window.dropped[NO_ROOM] == p.dropped[NO_ROOM] > 10
     assert sum(map(len, window.bins)) + window.dropped[NO_ROOM] == len(window.draw.rows)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 9])
+def test_no_pack_is_empty_where_every_sample_has_its_own(count):
+    sources = [source(f"s{i}", random_lengths(40 + i, seed=i), weight=0.1 + i**3) for i in range(count)]
+    p = plan(sources, packing="none", window_samples=16, step_packs=4)
+    samples = drawn(p, range(200))
+    assert all(len(pack) == 1 for k in range(200) for pack in p.window(k).packs)
+    assert not p.dropped
+    found = Counter(name for name, _ in samples)
+    for one, share in zip(p.sources, p.shares, strict=True):
+        assert abs(found[one.name] - share * len(samples)) <= 1
+    # Epoch after epoch without a gap or a repetition.
+    for one in p.sources:
+        rows = [row for name, row in samples if name == one.name]
+        times = Counter(rows).values()
+        assert len(rows) < len(one.lengths) or max(times) - min(times) <= 1
+
+
+def test_apportioned_numbers_add_up_and_never_fall():
+    shares = [Fraction(n, 1000) for n in (1, 2, 7, 90, 400, 500)]
+    counts = [apportion(total, shares) for total in range(2001)]
+    assert [sum(row) for row in counts] == list(range(2001))
+    assert counts[1000] == [1, 2, 7, 90, 400, 500]
+    assert all(a <= b for before, after in itertools.pairwise(counts) for a, b in zip(before, after, strict=True))
 
 
 def test_bad_blends_are_refused():

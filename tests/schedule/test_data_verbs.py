@@ -28,8 +28,10 @@ def test_plan_as_json_and_as_text(recipe, capsys):
 
 
 def test_bench_as_json(recipe, capsys):
-    assert cli.main(["data", "bench", recipe, "--packs", "3", "--json"]) == 0
+    assert cli.main(["data", "bench", recipe, "--packs", "3", "--json", "parallel.tp=2"]) == 0
     found = json.loads(capsys.readouterr().out)
+    assert found["ranks_per_pack"] == 2
+    assert found["workers_per_node"] % found["workers_per_rank"] == 0
     assert found["loader"] is None
     assert found["worker"]["packs_per_second"] > 0
 

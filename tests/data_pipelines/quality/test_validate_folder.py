@@ -2,12 +2,15 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow.parquet as pq
 import pytest
 
 from data_pipelines import shards
+from data_pipelines.dataset import Dataset
 from data_pipelines.exceptions import DataError
+from data_pipelines.quality import validate as validation
 from data_pipelines.quality.checks import text_problems, think_problem
 from data_pipelines.quality.quarantine import set_aside
 from data_pipelines.quality.validate import validate
@@ -32,6 +35,43 @@ def test_processes_find_the_same(tmp_path, write, mixed_samples, tokenizer_folde
     one, three = (validate(folder, tokenizer=tokenizer_folder, workers=n) for n in (1, 3))
     assert one.problems == three.problems
     assert [p.check for p in one.problems if p.severity == "error"] == ["storage"]
+
+
+class CountingPool(ThreadPoolExecutor):
+    """Counts the results that nobody has taken yet."""
+
+    waiting = most = 0
+
+    def submit(self, *args):
+        CountingPool.waiting += 1
+        CountingPool.most = max(self.most, self.waiting)
+        future = super().submit(*args)
+        take = future.result
+
+        def result():
+            CountingPool.waiting -= 1
+            return take()
+
+        future.result = result
+        return future
+
+
+def test_chunks_are_handed_out_as_they_are_done(mixed_folder, monkeypatch):
+    monkeypatch.setattr(validation, "_CHUNK", 1)
+    monkeypatch.setattr(validation, "process_pool", lambda n, start, spec: (start(spec), CountingPool(1))[1])
+    assert validate(mixed_folder, fast=True, workers=2).samples == 60
+    assert (CountingPool.waiting, CountingPool.most) == (0, 8)
+
+
+def test_keys_are_looked_up_for_duplicates_alone(tmp_path, write, record, monkeypatch):
+    samples = [(record(f"k{i}", "q", f"a{i % 9}"), {}) for i in range(10)]
+    folder = write(tmp_path / "d", samples)
+    asked = []
+    key = Dataset.key
+    monkeypatch.setattr(Dataset, "key", lambda self, row: asked.append(row) or key(self, row))
+    (problem,) = validate(folder, fast=True).problems
+    assert (problem.check, problem.key, problem.reason) == ("duplicate", "k9", "same messages and media as 'k0'")
+    assert sorted(asked) == [0, 9]
 
 
 def damage(folder, row):
