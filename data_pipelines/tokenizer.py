@@ -42,7 +42,7 @@ class TextTokenizer:
         except OSError as error:
             raise DataError(
                 f"no readable tokenizer at {self.path} ({error.strerror}); set data.tokenizer (--tokenizer of the "
-                "data verbs) to a folder that holds tokenizer.json; that of the tiny recipes is written by: nemovl data "
+                "data verbs) to a folder that holds tokenizer.json; the tiny recipes' is written by: nemovl data "
                 "make-demo --out runs/tiny/data"
             ) from error
         except Exception as error:  # the Rust parser raises plain Exception
