@@ -21,7 +21,10 @@ BOX_SCALE = 1000
 """Boxes are written in thousandths of the image's width and height, so they survive any resizing."""
 
 ALIASES: dict[str, tuple[str, ...]] = {
-    "image": ("image", "images", "img", "file_name", "image_path", "image_file", "photo", "jpg", "jpeg", "png", "webp"),
+    "image": (
+        *("image", "images", "img", "file_name", "file_names", "filename", "image_name", "image_path", "image_file"),
+        *("photo", "picture", "jpg", "jpeg", "png", "webp"),
+    ),
     "video": ("video", "videos", "video_path", "mp4", "webm", "mkv", "mov", "avi"),
     "question": ("question", "questions", "query", "prompt", "instruction", "problem", "context"),
     "answer": ("answer", "answers", "response", "output", "solution", "completion"),
