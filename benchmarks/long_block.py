@@ -15,11 +15,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
+
+from ranks import rank_parser, start_ranks
 
 SAMPLES = 96
 BOUNDS = {"bf16": 2e-2, "fp32": 1e-5}
@@ -28,22 +28,14 @@ STALL_SECONDS = 240
 
 def main() -> None:
     """Parent: start the ranks and judge. Child: one rank."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, default=2)
+    parser = rank_parser(__doc__)
     parser.add_argument("--tokens", type=int, default=311296)
     parser.add_argument("--small", action="store_true", help="laptop widths and 2,048 tokens, fp32")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--store", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.rank is not None:
         run_rank(args)
         return
-    with tempfile.TemporaryDirectory() as folder:
-        own = [sys.executable, *sys.argv, "--store", f"{folder}/store"]
-        ranks = [subprocess.Popen([*own, "--rank", str(rank)]) for rank in range(args.processes)]
-        codes = [rank.wait() for rank in ranks]
-    assert codes == [0] * args.processes, codes
+    start_ranks(args.processes)
     result = json.loads(args.out.read_text())
     print(json.dumps(result, indent=1))
     sys.exit(result["worst_relative_error"] > result["bound"])

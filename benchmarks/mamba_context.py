@@ -12,12 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
-import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
+
+from ranks import rank_parser, start_ranks
 
 LENGTHS = (32768, 131072, 311296)
 WARM, TIMED = 3, 10
@@ -26,21 +26,13 @@ STALL_SECONDS = 240
 
 def main() -> None:
     """Parent: start the ranks and print. Child: one rank."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, default=2)
+    parser = rank_parser(__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--store", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.rank is not None:
         measure(args)
         return
-    with tempfile.TemporaryDirectory() as folder:
-        own = [sys.executable, *sys.argv, "--store", f"{folder}/store"]
-        ranks = [subprocess.Popen([*own, "--rank", str(rank)]) for rank in range(args.processes)]
-        codes = [rank.wait() for rank in ranks]
-    assert codes == [0] * args.processes, codes
+    start_ranks(args.processes)
     for row in json.loads(args.out.read_text())["rows"]:
         print(
             " ".join(
