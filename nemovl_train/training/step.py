@@ -75,9 +75,7 @@ def loss_scales(packs: Sequence[Pack], divisor: str, layout: Layout) -> list[flo
     return [1.0 / (s * supervised_packs) if s > 0 else 0.0 for s in sums]
 
 
-def forward_backward(
-    model: NemotronVL, packs: Sequence[Pack], scales: Sequence[float], layout: Layout, *, forward_only: bool = False
-) -> torch.Tensor:
+def forward_backward(model: NemotronVL, packs: Sequence[Pack], scales: Sequence[float], layout: Layout) -> torch.Tensor:
     """Run every pack as a micro-batch through megatron-core's schedule.
 
     A pack goes to the device when its turn comes: the tiles of a whole step would be gigabytes.
@@ -87,7 +85,6 @@ def forward_backward(
         packs: This rank's packs of the step.
         scales: Factor on each pack's loss weights.
         layout: Owner of the process groups.
-        forward_only: Skip the backward pass.
 
     Returns:
         Sum of the scaled losses of this rank's tokens, float32 scalar on the device.
@@ -109,7 +106,7 @@ def forward_backward(
         num_microbatches=len(packs),
         seq_length=len(layout.context_tokens(len(packs[0].input_ids))),
         micro_batch_size=1,
-        forward_only=forward_only,
+        forward_only=False,
         pg_collection=layout.language_groups,
     )
     return torch.stack([output["loss"] for output in outputs]).sum()
