@@ -140,9 +140,11 @@ class Layout:
             id(g): g for c in (self.language_groups, self.vision_groups) for g in vars(c).values() if g is not None
         }
         parallel_state.destroy_model_parallel()
-        for group in groups.values():
-            if not isinstance(group, list) and group is not dist.group.WORLD:
-                dist.destroy_process_group(group)
+        ours = [g for g in groups.values() if not isinstance(g, list) and g is not dist.group.WORLD]
+        # NCCL waits in a communicator's destruction for its other ranks, so all ranks need one order. That of the
+        # collection is none: megatron-core fills it from a set of strings, which each process orders in its own way.
+        for group in sorted(ours, key=lambda group: (len(group.group_name), group.group_name)):
+            dist.destroy_process_group(group)
 
 
 def launch_rank() -> int:

@@ -452,7 +452,9 @@ def main() -> None:
     for parallel, same in itertools.groupby(names, key=lambda name: every[name].parallel):
         layout = Layout.create(parallel)
         for name in same:
+            began = time.perf_counter()
             found = run_in(layout, every[name], args.backend, getattr(torch, args.dtype))
+            print(f"{name}: {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
             if args.rank == 0:
                 torch.save(found, args.folder / f"{name}.pt")
         layout.destroy()

@@ -38,6 +38,23 @@ def test_layouts_follow_each_other_in_one_process():
         layout.destroy()
 
 
+def test_groups_are_destroyed_in_an_order_that_every_rank_shares(monkeypatch):
+    """NCCL hangs otherwise. megatron-core's collection lists its groups in an order of each process's own."""
+    orders = []
+    for reorder in (list, lambda names: list(reversed(names))):
+        layout = Layout.create(ParallelConfig())
+        found = vars(layout.language_groups)
+        for name in reorder(list(found)):
+            found[name] = found.pop(name)
+        destroyed, real = [], dist.destroy_process_group
+        with monkeypatch.context() as patch:
+            patch.setattr(dist, "destroy_process_group", lambda group: (destroyed.append(group.group_name), real(group)))
+            layout.destroy()
+        orders.append(destroyed)
+    first = min(int(name) for name in orders[1]) - min(int(name) for name in orders[0])
+    assert [int(name) + first for name in orders[0]] == [int(name) for name in orders[1]]
+
+
 def test_refused_layout_names_the_nearest():
     with pytest.raises(LayoutError, match=r"set parallel\.tp=1"):
         Layout.create(ParallelConfig(tp=3))
