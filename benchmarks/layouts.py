@@ -145,12 +145,10 @@ def train_one(name: str, args: argparse.Namespace) -> dict:
     model.freeze(train=config.parts)
     optim = OptimConfig(lr=LEARNING_RATE, weight_decay=0.01)
     optimizers = Optimizers(model, layout, optim, dtype)
-    model.config.no_sync_func = optimizers.no_sync
-    model.config.finalize_model_grads_func = optimizers.reduce_gradients
     packs = [random_pack(config, seed=seed, **shapes) for seed in range(PACKS_PER_STEP)][layout.dp_rank :: layout.dp]
     row: dict = {"loss": [], "grad_norm": [], "seconds": []}
     for _ in range(args.steps):
-        result = train_step(model, optimizers, packs, layout, lr=optim.lr, divisor="global")
+        result = train_step(optimizers, packs, layout, lr=optim.lr, divisor="global")
         row["loss"].append(result.loss)
         row["grad_norm"].append(result.grad_norm)
         row["seconds"].append(result.seconds)

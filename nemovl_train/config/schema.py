@@ -161,6 +161,23 @@ class PrecisionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """What holds gradients and optimizer state: megatron-core, or DeepSpeed's ZeRO for a run on one or two GPUs.
+
+    Attributes:
+        name: `megatron` or `deepspeed`. The rest is for `deepspeed`.
+        zero_stage: What data parallel ranks share out: 1 optimizer state, 2 gradients too, 3 weights too.
+        offload_optimizer: Keep optimizer state in host memory and update there.
+        offload_params: Keep weights in host memory between their uses; needs stage 3.
+    """
+
+    name: str = "megatron"
+    zero_stage: int = 3
+    offload_optimizer: bool = False
+    offload_params: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """AdamW with linear warm-up and cosine decay.
 
@@ -306,6 +323,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -21,6 +21,7 @@ VISION_ACTIVATIONS = ("gelu", "gelu_tanh")
 PARAMS = ("fp32", "bf16")
 BACKENDS = ("auto", "te", "torch")
 DIVISORS = ("global", "pack")
+ENGINES = ("megatron", "deepspeed")
 MAKERS = ("none", "tiny")
 GPUS = ("h100_80gb", "h200_141gb")
 PIXEL_SHUFFLE = 2
@@ -42,6 +43,7 @@ def validate_run(config: RunConfig, *, world_size: int | None = None) -> list[st
         *_tokens(config),
         *_data(config),
         *_precision_and_optim(config),
+        *_engine(config),
         *_trainer(config),
         *_rest(config),
         *_layout(config),
@@ -261,6 +263,42 @@ def _precision_and_optim(config: RunConfig) -> Iterator[str]:
         yield (
             "optim.overlap_param_gather=true needs optim.distributed=true and optim.overlap_grad_reduce=true; "
             "set both, or optim.overlap_param_gather=false"
+        )
+
+
+def _engine(config: RunConfig) -> Iterator[str]:
+    engine = config.engine
+    yield from _choice("engine.name", engine.name, ENGINES)
+    if engine.name == "megatron":
+        for key in ("offload_optimizer", "offload_params"):
+            if getattr(engine, key):
+                yield f"engine.{key}=true: megatron-core keeps everything on the GPU; set engine.name=deepspeed"
+    if engine.name == "deepspeed":
+        yield from _deepspeed(config)
+
+
+def _deepspeed(config: RunConfig) -> Iterator[str]:
+    engine, parallel, optim = config.engine, config.parallel, config.optim
+    yield from _within("engine.zero_stage", engine.zero_stage, 1, 3)
+    for key, value in (("tp", parallel.tp), ("cp", parallel.cp)):
+        if value > 1:
+            yield f"parallel.{key}={value}: engine.name=deepspeed is data parallel only; set parallel.{key}=1"
+    for key in ("overlap_grad_reduce", "overlap_param_gather"):
+        if getattr(optim, key):
+            yield f"optim.{key}=true is megatron-core's; set optim.{key}=false with engine.name=deepspeed"
+    if not optim.distributed:
+        yield "optim.distributed=false is megatron-core's; set optim.distributed=true with engine.name=deepspeed"
+    if engine.offload_params and engine.zero_stage < 3:
+        yield f"engine.offload_params=true: stage {engine.zero_stage} keeps whole weights; set engine.zero_stage=3"
+    if config.precision.params == "bf16" and engine.zero_stage < 3 and engine.offload_optimizer:
+        yield (
+            f"engine.zero_stage={engine.zero_stage} with engine.offload_optimizer=true and precision.params=bf16: "
+            "DeepSpeed would add up gradients in bfloat16; set engine.zero_stage=3"
+        )
+    elif config.precision.params == "bf16" and engine.zero_stage == 1:
+        yield (
+            "engine.zero_stage=1 with precision.params=bf16: DeepSpeed has a separate optimizer for this, which is not "
+            "supported here; set engine.zero_stage=2"
         )
 
 

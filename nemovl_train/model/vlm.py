@@ -12,7 +12,7 @@ tokens of a tile, D tower width, H language model width, V vocabulary rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -77,6 +77,9 @@ class NemotronVL(MegatronModule):
         self.projector = built.get("projector")
         self.language_model = built.get("language")
         self.model_type = ModelType.encoder_or_decoder
+        # From this rank's number of tiles to blank ones that go through the tower with them. For an engine whose
+        # collectives are tied to module calls, so that every rank has to make equally many. Collective.
+        self.blank_tiles: Callable[[int], int] | None = None
 
     def part_modules(self) -> dict[str, MegatronModule]:
         """The parts that are there, by name."""
@@ -182,14 +185,18 @@ class NemotronVL(MegatronModule):
         pack, vision, tokens = batch.pack, self.sizes.vision, self.sizes.tokens_per_tile
         batch.check_tiles(self.sizes.tokens.image, tokens, vision.tile_size)
         embeddings = self._language().embed(batch.input_ids)
-        if not pack.tiles.shape[0]:
+        blanks = self.blank_tiles(batch.tiles.shape[0]) if self.blank_tiles is not None else 0
+        if not pack.tiles.shape[0] and not blanks:
             return embeddings  # the tower does not run: image-free packs, ranks and stages cost nothing for it
         if self.vision_model is None or self.projector is None:
             raise DataError(
                 f"the pack with samples {list(pack.sample_keys)} has {pack.tiles.shape[0]} tiles, but this "
                 "model has no vision tower and projector; use text-only data"
             )
-        features = self._dealt_features(batch.tiles)
+        features = self._dealt_features(_with_blanks(batch.tiles, blanks, vision.tile_size))
+        if blanks:
+            features, idle = features.split([batch.tiles.shape[0] * tokens, blanks * tokens])
+            embeddings = embeddings + 0.0 * idle.sum()  # in the graph, for its backward calls
         layout, length = self.layout, len(pack.input_ids)
         held = [layout.residual_tokens(length, rank) for rank in range(layout.pack_ranks)]
         plan = deal(pack.tile_token_start, tokens, held, layout.pack_rank)
@@ -239,6 +246,11 @@ class NemotronVL(MegatronModule):
             state |= module.sharded_state_dict(f"{prefix}{ATTRIBUTES[part]}.", sharded_offsets, own)
         # Plain linears write empty entries there, Transformer Engine's would hold FP8 histories that we do not use.
         return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
+
+
+def _with_blanks(tiles: Tensor, blanks: int, side: int) -> Tensor:
+    """[t, 3, P, P] -> [t + blanks, 3, P, P], black ones at the end."""
+    return torch.cat([tiles, tiles.new_zeros(blanks, 3, side, side)]) if blanks else tiles
 
 
 def _divide_gradient(features: Tensor, copies: int) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from nemovl_train.config.schema import RunConfig
+from nemovl_train.exceptions import ConfigError
 from nemovl_train.model.flops import count_parameters
 from nemovl_train.plan.hardware import GPU_TYPES, STORAGE_BYTES, Gpu
 from nemovl_train.plan.load import Grid, PackLoad, grid_of, heaviest, pack_of
@@ -114,7 +115,17 @@ def make_plan(config: RunConfig, policy: Policy = TRAINER) -> Plan:
     Args:
         config: A validated config.
         policy: What the training program keeps and recomputes. Anything but `TRAINER` is a thought experiment.
+
+    Raises:
+        ConfigError: The run uses an engine that plans know nothing of.
     """
+    if config.engine.name != "megatron":
+        raise ConfigError(
+            [
+                f"engine.name={config.engine.name}: plans count megatron-core's memory and time alone; docs/deepspeed.md "
+                "says what ZeRO keeps where, and engine=megatron plans this run without it"
+            ]
+        )
     gpu, grid, load = GPU_TYPES[config.cluster.gpu], grid_of(config), pack_of(config)
     packs = math.ceil(config.trainer.global_batch / grid.dp)
     return Plan(

@@ -9,7 +9,7 @@ holds no gradient and no optimizer state.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from data_pipelines.schema import Pack
 from nemovl_train.config.schema import OptimConfig
 from nemovl_train.model.vlm import NemotronVL
 from nemovl_train.parallel.layout import Layout
+from nemovl_train.training.micro_batches import forward_backward
 
 # isort: split
 # The layout module makes megatron-core importable without CUDA, so it comes first.
@@ -50,7 +52,9 @@ class Side:
 
 
 class Optimizers:
-    """Gradient reduction, clipping and AdamW over every side that trains.
+    """megatron-core's engine: gradient reduction, clipping and AdamW over every side that trains.
+
+    The model gets its `no_sync_func` and `finalize_model_grads_func`, which megatron-core's schedule calls.
 
     Args:
         model: Model whose frozen parameters already have `requires_grad=False`.
@@ -60,6 +64,7 @@ class Optimizers:
     """
 
     def __init__(self, model: NemotronVL, layout: Layout, optim: OptimConfig, params_dtype: torch.dtype) -> None:
+        self.weights, self.layout = model, layout
         self.optim = optim
         self.config = _optimizer_config(optim, params_dtype)
         self.sides: list[Side] = []
@@ -80,6 +85,12 @@ class Optimizers:
                 )
                 self.sides.append(Side(name, ddp, optimizer, groups))
         self.chained = ChainedOptimizer([side.optimizer for side in self.sides])
+        model.config.no_sync_func = self.no_sync
+        model.config.finalize_model_grads_func = self.reduce_gradients
+
+    def forward_backward(self, packs: Sequence[Pack], scales: Sequence[float]) -> torch.Tensor:
+        """Micro-batch by micro-batch; gradients land in the DDP buffers, reduced after the last."""
+        return forward_backward(self.weights, packs, scales, self.layout)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -135,6 +146,15 @@ class Optimizers:
         for side in self.sides:
             if side.ddp.ddp_config.overlap_param_gather:
                 side.ddp.start_param_sync(force_sync=True)
+
+    @contextmanager
+    def whole_model(self) -> Iterator[NemotronVL]:
+        """The model, which every rank holds whole (but for tensor parallelism). Collective."""
+        self.collect_weights()
+        yield self.weights
+
+    def close(self) -> None:
+        """Nothing to give back: process groups belong to the layout."""
 
     def sharded_state_dict(self, model_state: dict[str, Any], *, is_loading: bool = False) -> dict[str, Any]:
         """Optimizer state by side, reshardable to other TP, CP and DP sizes."""

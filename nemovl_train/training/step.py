@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from data_pipelines.schema import Pack
-from nemovl_train.model.batch import PackBatch
-from nemovl_train.model.vlm import NemotronVL
 from nemovl_train.parallel.layout import Layout
-from nemovl_train.training.optimizer import Optimizers
-
-# isort: split
-from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipelining
-
-# What megatron-core's schedule wants of a loss: the value, its token count (ignored here), numbers to hand back.
-LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
+from nemovl_train.training.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -75,46 +67,7 @@ def loss_scales(packs: Sequence[Pack], divisor: str, layout: Layout) -> list[flo
     return [1.0 / (s * supervised_packs) if s > 0 else 0.0 for s in sums]
 
 
-def forward_backward(model: NemotronVL, packs: Sequence[Pack], scales: Sequence[float], layout: Layout) -> torch.Tensor:
-    """Run every pack as a micro-batch through megatron-core's schedule.
-
-    A pack goes to the device when its turn comes: the tiles of a whole step would be gigabytes.
-
-    Args:
-        model: The model; gradients land in its DDP buffers.
-        packs: This rank's packs of the step.
-        scales: Factor on each pack's loss weights.
-        layout: Owner of the process groups.
-
-    Returns:
-        Sum of the scaled losses of this rank's tokens, float32 scalar on the device.
-    """
-
-    def forward_step(iterator: Iterator[PackBatch], stage: NemotronVL) -> tuple[torch.Tensor, LossFunction]:
-        batch = next(iterator)
-
-        def weighted_sum(token_loss_L: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-            loss = (token_loss_L * batch.loss_weight).sum()
-            return loss, torch.ones((), dtype=torch.int, device=loss.device), {"loss": loss.detach()}
-
-        return stage(batch), weighted_sum
-
-    outputs = forward_backward_no_pipelining(
-        forward_step_func=forward_step,
-        data_iterator=(PackBatch.from_pack(p, layout).scaled(s) for p, s in zip(packs, scales, strict=True)),
-        model=[model],
-        num_microbatches=len(packs),
-        seq_length=len(layout.context_tokens(len(packs[0].input_ids))),
-        micro_batch_size=1,
-        forward_only=False,
-        pg_collection=layout.language_groups,
-    )
-    return torch.stack([output["loss"] for output in outputs]).sum()
-
-
-def train_step(
-    model: NemotronVL, optimizers: Optimizers, packs: Sequence[Pack], layout: Layout, *, lr: float, divisor: str
-) -> StepResult:
+def train_step(engine: Engine, packs: Sequence[Pack], layout: Layout, *, lr: float, divisor: str) -> StepResult:
     """One optimizer step over this rank's packs.
 
     A loss or gradient norm that is not finite on any rank leaves every parameter and moment on every rank as it was:
@@ -122,11 +75,11 @@ def train_step(
     """
     began = time.perf_counter()
     scales = loss_scales(packs, divisor, layout)
-    optimizers.zero_grad()
-    loss = forward_backward(model, packs, scales, layout)
+    engine.zero_grad()
+    loss = engine.forward_backward(packs, scales)
     counts = _reduce_counts(loss, packs, layout)
     finite = math.isfinite(counts[0])
-    grad_norm = optimizers.step(lr) if finite else math.nan
+    grad_norm = engine.step(lr) if finite else math.nan
     return StepResult(
         loss=counts[0],
         grad_norm=grad_norm,

@@ -23,12 +23,12 @@ from nemovl_train.model.vlm import build_model
 from nemovl_train.parallel.agree import from_every_rank, on_first_rank
 from nemovl_train.parallel.layout import Layout
 from nemovl_train.training.callbacks import Callback, MetricsFile, ProgressLine, trackers
+from nemovl_train.training.engine import open_engine
 from nemovl_train.training.folder import StageFolder, resolve_checkpoint
 from nemovl_train.training.lr import learning_rate
-from nemovl_train.training.optimizer import Optimizers
 from nemovl_train.training.signals import StopRequest
 from nemovl_train.training.state import TrainState
-from nemovl_train.training.step import StepResult, forward_backward, train_step
+from nemovl_train.training.step import StepResult, train_step
 from nemovl_train.training.token_ids import refuse_other_ids
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ def run(config: RunConfig) -> ExitCode:
 
 
 class Trainer:
-    """Model, optimizers, data and state of one stage.
+    """Model, engine, data and state of one stage.
 
     Args:
         config: A validated config.
@@ -86,10 +86,8 @@ class Trainer:
         resumed_from = folder.newest_checkpoint()
         if resumed_from is None:
             self._load_initial_weights()
-        # Built after the initial weights: the distributed optimizer copies its fp32 master weights from them.
-        self.optimizers = Optimizers(self.model, layout, config.optim, dtype)
-        self.model.config.no_sync_func = self.optimizers.no_sync
-        self.model.config.finalize_model_grads_func = self.optimizers.reduce_gradients
+        # Opened after the initial weights: it copies its fp32 master weights from them.
+        self.engine = open_engine(self.model, layout, config)
         if resumed_from is not None:
             self._restore(resumed_from)
         self.stream = self._open_stream()
@@ -107,6 +105,7 @@ class Trainer:
         total, every = self.config.trainer.steps, self.config.checkpoint.every_steps
         # Whatever fails, and even where closing one of them fails, the others are closed.
         with ExitStack() as closing:
+            closing.callback(self.engine.close)
             closing.callback(self.stream.close)
             for callback in self.callbacks:
                 closing.callback(callback.close)
@@ -117,9 +116,7 @@ class Trainer:
                     if self.state.step == 0:
                         self._dry_batch(packs)
                     lr = learning_rate(self.config.optim, self.state.step, total)
-                    result = train_step(
-                        self.model, self.optimizers, packs, self.layout, lr=lr, divisor=self.config.optim.loss_divisor
-                    )
+                    result = train_step(self.engine, packs, self.layout, lr=lr, divisor=self.config.optim.loss_divisor)
                     self._account(result, packs)
                     for callback in self.callbacks:
                         callback.on_step(self, result, lr=lr, data_seconds=data_seconds)
@@ -133,12 +130,12 @@ class Trainer:
 
     def save(self) -> None:
         """Publish a checkpoint of this step and drop the oldest ones. Collective."""
-        self.optimizers.collect_weights()
+        self.engine.collect_weights()
         path = sealed.save(
             self.folder.checkpoints,
             self.state.step,
-            model=self.model,
-            optimizer=self.optimizers,
+            model=self.engine.weights,
+            optimizer=self.engine,
             state=self.state.to_json(),
             run_id=self.folder.run_id,
         )
@@ -159,7 +156,7 @@ class Trainer:
         self.state.parent = str(folder)
 
     def _restore(self, folder: Path) -> None:
-        raw = sealed.load(folder, model=self.model, optimizer=self.optimizers)
+        raw = sealed.load(folder, model=self.engine.weights, optimizer=self.engine)
         restored = TrainState.from_json(raw, folder / "state.json")
         for name in ("seed", "config_hash"):
             if getattr(restored, name) != getattr(self.state, name):
@@ -195,9 +192,9 @@ class Trainer:
 
     def _dry_batch(self, packs: list[Pack]) -> None:
         """Forward and backward at full length before the first step: memory and shapes fail here, within seconds."""
-        self.optimizers.zero_grad()
-        forward_backward(self.model, packs[:1], [1.0], self.layout)
-        self.optimizers.zero_grad()
+        self.engine.zero_grad()
+        self.engine.forward_backward(packs[:1], [1.0])
+        self.engine.zero_grad()
 
     def _account(self, result: StepResult, packs: list[Pack]) -> None:
         state = self.state
@@ -227,10 +224,10 @@ class Trainer:
     def _finish(self, stop: StopRequest) -> ExitCode:
         if self.config.evaluation.sources:
             log.info("%s: evaluating %d held-out sets", self.folder.path, len(self.config.evaluation.sources))
-        self.optimizers.collect_weights()
-        evaluated = evaluate_stage(
-            self.model, self.config, self.layout, self.folder.path, self.state.step, interrupted=stop.agreed
-        )
+        with self.engine.whole_model() as model:
+            evaluated = evaluate_stage(
+                model, self.config, self.layout, self.folder.path, self.state.step, interrupted=stop.agreed
+            )
         if evaluated is None:
             return self._requeue()
         self._call("on_end")

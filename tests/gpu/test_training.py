@@ -37,13 +37,11 @@ def test_te_learns_a_repeated_batch_and_its_checkpoint_loads_in_torch(layout, tm
     model.freeze(train=("vision", "projector", "language"))
     optim = OptimConfig(lr=1e-4, weight_decay=0.01)
     optimizers = Optimizers(model, layout, optim, torch.bfloat16)
-    model.config.no_sync_func = optimizers.no_sync
-    model.config.finalize_model_grads_func = optimizers.reduce_gradients
     shapes = {"lengths": (700, 33, 1300), "tiles": (2, 0, 4), "seq_length": 2048}
     packs = [random_pack(MODEL, seed=seed, **shapes) for seed in range(2)]
     losses = []
     for _ in range(STEPS):
-        result = train_step(model, optimizers, packs, layout, lr=optim.lr, divisor="pack")
+        result = train_step(optimizers, packs, layout, lr=optim.lr, divisor="pack")
         assert result.applied
         losses.append(result.loss)
     # Independent uniform tokens: no better guess than the vocabulary until the batch is learnt by heart.

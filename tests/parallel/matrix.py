@@ -32,7 +32,8 @@ from nemovl_train.model.vlm import NemotronVL, build_model
 from nemovl_train.parallel.layout import Layout, shutdown
 from nemovl_train.training import optimizer
 from nemovl_train.training.optimizer import Optimizers
-from nemovl_train.training.step import forward_backward, loss_scales, train_step
+from nemovl_train.training.micro_batches import forward_backward
+from nemovl_train.training.step import loss_scales, train_step
 
 MOVE = "move of "
 CHANGED = 2
@@ -105,7 +106,7 @@ def _outcome(
     if case.steps:
         before = {n: whole(p.detach(), p, n, layout) for n, p in model.named_parameters()}
         results = [
-            train_step(model, optimizers, packs, layout, lr=optim.lr, divisor=case.divisor) for _ in range(case.steps)
+            train_step(optimizers, packs, layout, lr=optim.lr, divisor=case.divisor) for _ in range(case.steps)
         ]
         optimizers.collect_weights()
         found |= {f"loss {i}": torch.tensor(result.loss) for i, result in enumerate(results)}
@@ -165,8 +166,6 @@ def make_trainer(
         overlap_param_gather=case.overlap and case.distributed,
     )
     optimizers = Optimizers(model, layout, optim, dtype)
-    model.config.no_sync_func = optimizers.no_sync
-    model.config.finalize_model_grads_func = optimizers.reduce_gradients
     return model, optimizers, optim
 
 
@@ -295,7 +294,7 @@ def move_checkpoint(folder: Path) -> None:
         options = {"lr": optim.lr, "divisor": "global"}
         if source is None:
             for _ in range(MOVED.steps):
-                train_step(model, optimizers, packs, layout, **options)
+                train_step(optimizers, packs, layout, **options)
         else:
             with torch.no_grad():
                 for parameter in model.parameters():
@@ -303,7 +302,7 @@ def move_checkpoint(folder: Path) -> None:
             sealed.load(sealed.step_folder(folder / source, MOVED.steps), model=model, optimizer=optimizers)
         sealed.save(folder / name, MOVED.steps, model=model, optimizer=optimizers, state={}, run_id="moved")
         found |= {f"{name} {n}": whole(p.detach(), p, n, layout) for n, p in model.named_parameters()}
-        loss = train_step(model, optimizers, packs, layout, **options).loss
+        loss = train_step(optimizers, packs, layout, **options).loss
         found |= {f"{name}, loss of the next step": torch.tensor(loss)}
         layout.destroy()
     if dist.get_rank() == 0:

@@ -128,7 +128,7 @@ def moved(quick, one_process):
         model, optimizers, optim = matrix.make_trainer(matrix.MOVED, MODEL, one_process)
         if name is None:
             for _ in range(matrix.MOVED.steps):
-                train_step(model, optimizers, make_packs("images"), one_process, lr=optim.lr, divisor="global")
+                train_step(optimizers, make_packs("images"), one_process, lr=optim.lr, divisor="global")
         else:
             folder = sealed.step_folder(quick / name, matrix.MOVED.steps)
             sealed.load(folder, model=model, optimizer=optimizers)

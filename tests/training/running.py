@@ -55,7 +55,7 @@ def run(config: RunConfig, prepare: Callable[[Trainer], None] = lambda trainer: 
 def tensors_of(trainer: Trainer) -> dict[str, torch.Tensor]:
     """Copies of every parameter and everything the optimizers hold."""
     found = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-    for side in trainer.optimizers.sides:
+    for side in getattr(trainer.engine, "sides", ()):
         for number, inner in enumerate(getattr(side.optimizer, "chained_optimizers", [side.optimizer])):
             for name, tensor in _walk(inner.optimizer.state_dict()):
                 found[f"{side.name}.{number}.{name}"] = tensor.clone()

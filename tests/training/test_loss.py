@@ -12,8 +12,9 @@ from data_pipelines.loader import heldout_packs
 from nemovl_train.config.schema import OptimConfig
 from nemovl_train.model.batch import PackBatch
 from nemovl_train.model.vlm import build_model
+from nemovl_train.training.micro_batches import forward_backward
 from nemovl_train.training.optimizer import Optimizers
-from nemovl_train.training.step import forward_backward, loss_scales, train_step
+from nemovl_train.training.step import loss_scales, train_step
 
 SAMPLES = 5
 
@@ -22,8 +23,6 @@ SAMPLES = 5
 def training(layout):
     model = build_model(MODEL, layout, params_dtype=torch.float32, backend="torch", seed=5)
     optimizers = Optimizers(model, layout, OptimConfig(), torch.float32)
-    model.config.no_sync_func = optimizers.no_sync
-    model.config.finalize_model_grads_func = optimizers.reduce_gradients
     return model, optimizers
 
 
@@ -84,7 +83,7 @@ def test_the_loss_of_a_step_equals_the_reference(training, layout, data, mode, u
         expected = sum(nats for nats, _ in sums) / sum(weight for _, weight in sums)
     else:
         expected = sum(nats / weight for nats, weight in sums) / len(sums)
-    result = train_step(model, optimizers, packs, layout, lr=0.0, divisor=divisor)
+    result = train_step(optimizers, packs, layout, lr=0.0, divisor=divisor)
     assert result.loss == pytest.approx(expected, rel=2e-5)
     assert result.samples == 2 * SAMPLES
     assert result.supervised == sum(int((pack.labels >= 0).sum()) for pack in packs)
@@ -113,5 +112,5 @@ def test_a_pack_without_supervision_changes_nothing(training, layout, data, divi
 @pytest.mark.parametrize("divisor", ["global", "pack"])
 def test_a_step_without_any_supervision_is_a_step_of_zero_loss(training, layout, data, divisor):
     model, optimizers = training
-    result = train_step(model, optimizers, [without_supervision(packs_of(data)[0])], layout, lr=0.0, divisor=divisor)
+    result = train_step(optimizers, [without_supervision(packs_of(data)[0])], layout, lr=0.0, divisor=divisor)
     assert (result.loss, result.grad_norm, result.applied) == (0.0, 0.0, True)

@@ -21,8 +21,6 @@ def make(layout, train=("vision", "projector", "language"), optim=OPTIM):
     model = build_model(MODEL, layout, params_dtype=torch.float32, backend="torch", seed=5)
     model.freeze(train=train)
     optimizers = Optimizers(model, layout, optim, torch.float32)
-    model.config.no_sync_func = optimizers.no_sync
-    model.config.finalize_model_grads_func = optimizers.reduce_gradients
     return model, optimizers
 
 
@@ -68,7 +66,7 @@ def test_three_steps_equal_torch_adamw_where_vectors_do_not_decay(layout, data, 
     settings = {"lr": OPTIM.lr, "betas": (OPTIM.beta1, OPTIM.beta2), "eps": OPTIM.eps}
     reference = torch.optim.AdamW(groups, weight_decay=OPTIM.weight_decay, **settings)
     for packs in steps_of(data, 3):
-        result = train_step(model, optimizers, packs, layout, lr=OPTIM.lr, divisor="global")
+        result = train_step(optimizers, packs, layout, lr=OPTIM.lr, divisor="global")
         reference.zero_grad()
         total = sum(float(pack.loss_weight.sum()) for pack in packs)
         for pack in packs:
@@ -88,7 +86,7 @@ def test_frozen_parts_stay_bit_identical_and_hold_no_state(layout, data, train):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     for packs in steps_of(data, 2, ("pictures",)):
-        assert train_step(model, optimizers, packs, layout, lr=1e-3, divisor="pack").applied
+        assert train_step(optimizers, packs, layout, lr=1e-3, divisor="pack").applied
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) == (name not in trainable), name
         assert name in trainable or (p.grad is None and not hasattr(p, "main_grad")), name
@@ -104,20 +102,20 @@ def test_stage_zero_meets_packs_without_images(layout, data):
     model, optimizers = make(layout, ("projector",), replace(OPTIM, weight_decay=0.0))
     before = [p.detach().clone() for p in model.parameters()]
     (packs,) = steps_of(data, 1, ("text",))
-    result = train_step(model, optimizers, packs, layout, lr=1e-3, divisor="pack")
+    result = train_step(optimizers, packs, layout, lr=1e-3, divisor="pack")
     assert result.applied
     assert (result.grad_norm, result.tiles) == (0.0, 0)
     assert all_equal([p.detach() for p in model.parameters()], before)
     (pictures,) = steps_of(data, 1, ("pictures",))
     mixed = [packs[0], pictures[0]]
-    assert train_step(model, optimizers, mixed, layout, lr=1e-3, divisor="pack").grad_norm > 0
+    assert train_step(optimizers, mixed, layout, lr=1e-3, divisor="pack").grad_norm > 0
 
 
 def test_stages_without_images_leave_a_training_tower_without_gradient(layout, data):
     model, optimizers = make(layout, optim=replace(OPTIM, weight_decay=0.0))
     tower = [p.detach().clone() for p in model.vision_model.parameters()]
     for packs in steps_of(data, 2, ("text",)):
-        assert train_step(model, optimizers, packs, layout, lr=1e-3, divisor="pack").applied
+        assert train_step(optimizers, packs, layout, lr=1e-3, divisor="pack").applied
     assert all_equal([p.detach() for p in model.vision_model.parameters()], tower)
 
 
@@ -127,7 +125,7 @@ def test_weight_decay_of_a_tower_without_images_is_adamws(layout, data):
     model, optimizers = make(layout, optim=replace(OPTIM, weight_decay=0.1))
     before = {name: p.detach().clone() for name, p in model.named_parameters() if not name.startswith("language_model")}
     for packs in steps_of(data, 2, ("text",)):
-        assert train_step(model, optimizers, packs, layout, lr=1e-2, divisor="pack").applied
+        assert train_step(optimizers, packs, layout, lr=1e-2, divisor="pack").applied
     parameters = dict(model.named_parameters())
     for name, tensor in before.items():
         # Vectors have no decay.
@@ -140,7 +138,7 @@ def test_weight_decay_of_a_tower_without_images_is_adamws(layout, data):
 def test_a_step_that_is_not_finite_changes_nothing(layout, data, where, value):
     model, optimizers = make(layout)
     first, second, third = steps_of(data, 3)
-    train_step(model, optimizers, first, layout, lr=1e-3, divisor="global")
+    train_step(optimizers, first, layout, lr=1e-3, divisor="global")
     weights, state = [p.detach().clone() for p in model.parameters()], moments(optimizers)
     hook = None
     if where == "loss":
@@ -149,7 +147,7 @@ def test_a_step_that_is_not_finite_changes_nothing(layout, data, where, value):
     else:
         bad = second
         hook = model.projector.linear_fc1.weight.register_hook(lambda gradient: gradient * value)
-    result = train_step(model, optimizers, bad, layout, lr=1e-3, divisor="global")
+    result = train_step(optimizers, bad, layout, lr=1e-3, divisor="global")
     if hook is not None:
         hook.remove()
         assert math.isfinite(result.loss)
@@ -157,5 +155,5 @@ def test_a_step_that_is_not_finite_changes_nothing(layout, data, where, value):
     assert not result.applied
     assert all_equal([p.detach() for p in model.parameters()], weights)
     assert all_equal(moments(optimizers), state)
-    assert train_step(model, optimizers, third, layout, lr=1e-3, divisor="global").applied
+    assert train_step(optimizers, third, layout, lr=1e-3, divisor="global").applied
     assert not all_equal([p.detach() for p in model.parameters()], weights)

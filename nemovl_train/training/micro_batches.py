@@ -1,0 +1,56 @@
+"""The packs of a step as micro-batches of megatron-core's schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from data_pipelines.schema import Pack
+from nemovl_train.model.batch import PackBatch
+from nemovl_train.model.vlm import NemotronVL
+from nemovl_train.parallel.layout import Layout
+
+# isort: split
+# The layout module makes megatron-core importable without CUDA, so it comes first.
+from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipelining
+
+# What megatron-core's schedule wants of a loss: the value, its token count (ignored here), numbers to hand back.
+LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
+
+
+def forward_backward(model: NemotronVL, packs: Sequence[Pack], scales: Sequence[float], layout: Layout) -> torch.Tensor:
+    """Run every pack as a micro-batch through megatron-core's schedule.
+
+    A pack goes to the device when its turn comes: the tiles of a whole step would be gigabytes.
+
+    Args:
+        model: The model; gradients land in its DDP buffers.
+        packs: This rank's packs of the step.
+        scales: Factor on each pack's loss weights.
+        layout: Owner of the process groups.
+
+    Returns:
+        Sum of the scaled losses of this rank's tokens, float32 scalar on the device.
+    """
+
+    def forward_step(iterator: Iterator[PackBatch], stage: NemotronVL) -> tuple[torch.Tensor, LossFunction]:
+        batch = next(iterator)
+
+        def weighted_sum(token_loss_L: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+            loss = (token_loss_L * batch.loss_weight).sum()
+            return loss, torch.ones((), dtype=torch.int, device=loss.device), {"loss": loss.detach()}
+
+        return stage(batch), weighted_sum
+
+    outputs = forward_backward_no_pipelining(
+        forward_step_func=forward_step,
+        data_iterator=(PackBatch.from_pack(p, layout).scaled(s) for p, s in zip(packs, scales, strict=True)),
+        model=[model],
+        num_microbatches=len(packs),
+        seq_length=len(layout.context_tokens(len(packs[0].input_ids))),
+        micro_batch_size=1,
+        forward_only=False,
+        pg_collection=layout.language_groups,
+    )
+    return torch.stack([output["loss"] for output in outputs]).sum()
