@@ -122,8 +122,8 @@ def make_plan(config: RunConfig, policy: Policy = TRAINER) -> Plan:
     if config.engine.name != "megatron":
         raise ConfigError(
             [
-                f"engine.name={config.engine.name}: plans count megatron-core's memory and time alone; docs/deepspeed.md "
-                "says what ZeRO keeps where, and engine=megatron plans this run without it"
+                f"engine.name={config.engine.name}: plans count megatron-core's memory and time alone; "
+                "docs/deepspeed.md says what ZeRO keeps where, and engine=megatron plans this run without it"
             ]
         )
     gpu, grid, load = GPU_TYPES[config.cluster.gpu], grid_of(config), pack_of(config)

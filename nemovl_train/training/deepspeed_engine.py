@@ -6,8 +6,8 @@ Where DeepSpeed differs from what a step here means:
   number of ranks and not divided by the number of micro-batches.
 * Its collectives hang on module calls (stage 3) and on gradients (all stages), so ranks have to make equal calls:
   where others have more tiles, or anyone might have some, black ones go through the tower with zero weight.
-* It has one dtype for all parameters. Those that stay float32 in a bfloat16 model are kept out (`deepspeed_float32.py`),
-  and join the gradient norm and the decision to step.
+* It has one dtype for all parameters. Those that stay float32 in a bfloat16 model are kept out of it
+  (`deepspeed_float32.py`), and join the gradient norm and the decision to step.
 * Stage 3 empties a weight when its module's call is over. Mamba mixers are gathered as one, since they hand the
   weight of their norm around; the head's weight is gathered for the whole language model, which reads it itself.
 """

@@ -53,6 +53,8 @@ def changed(config, key: str, value):
         ("parallel.sequence_parallel", True, "sequence_parallel"),
         ("precision.backend", "cuda", "choose from auto, te, torch"),
         ("precision.params", "fp16", "did you mean bf16?"),
+        ("engine.name", "deepsped", "did you mean deepspeed?"),
+        ("engine.offload_optimizer", True, "set engine.name=deepspeed"),
         ("optim.lr", 0.0, "must be above 0"),
         ("optim.lr", float("nan"), "must be above 0"),
         ("optim.min_lr", 1.0, "nearest"),
@@ -149,3 +151,52 @@ def test_the_12b_file_equals_the_schema_defaults():
     pattern = config.model.language.hybrid_pattern
     assert (pattern.count("M"), pattern.count("-"), pattern.count("*"), len(pattern)) == (28, 28, 6, 62)
     assert [i for i, kind in enumerate(pattern) if kind == "*"] == [7, 16, 25, 34, 43, 52]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "part"),
+    [
+        ("engine.zero_stage", 0, "between 1 and 3; nearest: 1"),
+        ("engine.zero_stage", 4, "nearest: 3"),
+        ("parallel.tp", 2, "data parallel only; set parallel.tp=1"),
+        ("parallel.cp", 2, "data parallel only; set parallel.cp=1"),
+        ("optim.overlap_grad_reduce", True, "set optim.overlap_grad_reduce=false"),
+        ("optim.distributed", False, "set optim.distributed=true"),
+    ],
+)
+def test_deepspeed_refuses_one_wrong_value(key, value, part):
+    config = changed(compose_run("tiny/finetune_deepspeed"), key, value)
+    assert any(part in problem for problem in validate_run(config)), validate_run(config)
+
+
+@pytest.mark.parametrize(
+    ("stage", "params", "offload", "problems"),
+    [
+        (1, "fp32", True, []),
+        (2, "bf16", False, []),
+        (3, "bf16", True, []),
+        (1, "bf16", False, ["set engine.zero_stage=2"]),
+        (1, "bf16", True, ["set engine.zero_stage=3"]),
+        (2, "bf16", True, ["set engine.zero_stage=3"]),
+    ],
+)
+def test_deepspeed_in_bfloat16_only_where_gradients_add_up_in_float32(stage, params, offload, problems):
+    config = compose_run("tiny/finetune_deepspeed")
+    for key, value in (
+        ("engine.zero_stage", stage),
+        ("engine.offload_optimizer", offload),
+        ("precision.params", params),
+    ):
+        config = changed(config, key, value)
+    found = validate_run(config)
+    assert len(found) == len(problems), found
+    assert all(part in problem for part, problem in zip(problems, found, strict=True))
+
+
+def test_all_problems_of_a_deepspeed_run_at_once():
+    config = compose_run("tiny/finetune_deepspeed")
+    for key, value in (("engine.zero_stage", 2), ("engine.offload_params", True), ("parallel.cp", 2)):
+        config = changed(config, key, value)
+    found = " ".join(validate_run(config))
+    assert "engine.offload_params=true" in found
+    assert "parallel.cp=2" in found

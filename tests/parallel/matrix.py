@@ -31,8 +31,8 @@ from nemovl_train.model.init import join_parts
 from nemovl_train.model.vlm import NemotronVL, build_model
 from nemovl_train.parallel.layout import Layout, shutdown
 from nemovl_train.training import optimizer
-from nemovl_train.training.optimizer import Optimizers
 from nemovl_train.training.micro_batches import forward_backward
+from nemovl_train.training.optimizer import Optimizers
 from nemovl_train.training.step import loss_scales, train_step
 
 MOVE = "move of "
@@ -105,9 +105,7 @@ def _outcome(
     found = _logits(model, make_packs(case.packs)[0], layout)
     if case.steps:
         before = {n: whole(p.detach(), p, n, layout) for n, p in model.named_parameters()}
-        results = [
-            train_step(optimizers, packs, layout, lr=optim.lr, divisor=case.divisor) for _ in range(case.steps)
-        ]
+        results = [train_step(optimizers, packs, layout, lr=optim.lr, divisor=case.divisor) for _ in range(case.steps)]
         optimizers.collect_weights()
         found |= {f"loss {i}": torch.tensor(result.loss) for i, result in enumerate(results)}
         found |= {f"norm {i}": torch.tensor(result.grad_norm) for i, result in enumerate(results)}

@@ -60,19 +60,26 @@ def train(name: str, data: Path, layout: Layout) -> dict:
     engine = open_engine(model, layout, config)
     if "averaged" in name:
         engine.layout = replace(layout, dp=1)
-    sources = ("text", "pictures") if layout.rank else ("text",)
-    stream = PackStream(
-        tiny_runs.run_config(data, data, sources=sources).data, tokens_per_tile=4, seed=1, global_batch=PACKS
-    )
+    kinds = [("text",)] if layout.rank == 0 else [("text", "pictures"), ("text",)]
+    streams = [
+        PackStream(
+            replace(tiny_runs.run_config(data, data, sources=kind).data, seq_length=256),
+            tokens_per_tile=4,
+            seed=1,
+            global_batch=PACKS,
+        )
+        for kind in kinds
+    ]
     found = {"loss": [], "norm": [], "tiles": [], "own_tiles": [], "dtypes": []}
-    for _ in range(STEPS):
-        packs = next(stream)
+    for step in range(STEPS):
+        packs = next(streams[-1 if step % 5 == 4 else 0])  # every fifth step without any image
         result = train_step(engine, packs, layout, lr=1e-3, divisor="global")
         found["loss"].append(result.loss)
         found["norm"].append(result.grad_norm)
         found["tiles"].append(result.tiles)
         found["own_tiles"].append([int(pack.tiles.shape[0]) for pack in packs])
-    stream.close()
+    for stream in streams:
+        stream.close()
     mixer = model.language_model.decoder.layers[0].mixer
     found["dtypes"] = [str(mixer.A_log.dtype), str(mixer.dt_bias.dtype)]
     engine.close()

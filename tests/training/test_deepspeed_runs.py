@@ -28,7 +28,7 @@ from nemovl_train.training.folder import StageFolder
 pytestmark = [pytest.mark.slow, needs_deepspeed]
 
 ROOT = Path(__file__).parents[2]
-FORMS = ["1/fp32", "2/fp32", "3/fp32", "1/fp32/offload", "2/fp32/offload", "3/fp32/offload"]
+FORMS = ["1/fp32", "2/fp32", "3/fp32", "2/fp32/offload", "3/fp32/offload"]
 MIXED = ["2/bf16", "3/bf16", "3/bf16/offload"]
 
 
@@ -79,7 +79,8 @@ def furthest(one: dict, other: dict, key: str) -> float:
 def test_images_are_on_one_rank_only_and_not_in_every_step(compared):
     ours, theirs = (found["megatron/fp32"]["own_tiles"] for found in compared)
     assert not any(map(any, ours))
-    assert {0, 1} < {tiles for step in theirs for tiles in step}
+    # Two images of a pack go through the tower one by one here: ranks differ in calls, not only in having any.
+    assert {0, 1, 2} <= {tiles for step in theirs for tiles in step}
     assert any(not any(step) for step in theirs)
 
 

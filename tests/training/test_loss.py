@@ -111,6 +111,6 @@ def test_a_pack_without_supervision_changes_nothing(training, layout, data, divi
 
 @pytest.mark.parametrize("divisor", ["global", "pack"])
 def test_a_step_without_any_supervision_is_a_step_of_zero_loss(training, layout, data, divisor):
-    model, optimizers = training
+    _, optimizers = training
     result = train_step(optimizers, [without_supervision(packs_of(data)[0])], layout, lr=0.0, divisor=divisor)
     assert (result.loss, result.grad_norm, result.applied) == (0.0, 0.0, True)
