@@ -256,6 +256,7 @@ def build_model(
     parts: Sequence[str] | None = None,
     seed: int = 1234,
     recompute: RecomputeConfig | None = None,
+    draw_on: torch.device | str = "cpu",
 ) -> NemotronVL:
     """Build the model, or some of its parts, on this process's device with initial weights.
 
@@ -269,6 +270,7 @@ def build_model(
         parts: Parts to build; `config.parts` when None.
         seed: Seed of the initial weights.
         recompute: What backward makes again; nothing when None.
+        draw_on: Where initial values are drawn; only those of a CPU are the same on every machine.
 
     Raises:
         UserError: The backend is unknown or cannot run here.
@@ -289,6 +291,7 @@ def build_model(
             residual_additions=additions[part],
             tp_size=groups.tp.size(),
             tp_rank=groups.tp.rank(),
+            device=draw_on,
         )
     _set_recompute(model, recompute or RecomputeConfig())
     return model
