@@ -9,7 +9,7 @@
 Cases of one command run one after the other in one group of processes and must ask for equally many. Weights and data
 are random, never zero. A step is zeroing gradients, all micro-batches, reduction, clipping and update, by the wall
 clock between device synchronisations; reported are medians. Tokens of padding do not count, neither do model FLOPs of
-recomputation; a document's attention counts by its own length (nemovl_train/model/flops.py). MFU is against 989 TFLOP/s.
+recomputation; a document's attention counts by its own length (model/flops.py). MFU is against 989 TFLOP/s.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ def _rates(seconds: list[float], tokens: list[int], work: list[float], gpus: int
 
 
 def make_packs(case: Any, config: Any, dp_rank: int) -> list:
-    """Packs of random documents: image tokens first in each, every other token a target; sizes rounded as in training."""
+    """Packs of random documents, image tokens first, every other token a target; sizes rounded as in training."""
     import numpy as np
     import torch
 

@@ -77,9 +77,7 @@ class Case:
             warm=1,
             steps=2,
             optim=replace(self.optim, states="fp32"),
-            recompute=replace(
-                self.recompute, language_layers=None if self.recompute.language_layers is None else 1
-            ),
+            recompute=replace(self.recompute, language_layers=None if self.recompute.language_layers is None else 1),
         )
 
     def model(self, *, small: bool) -> ModelConfig:

@@ -310,4 +310,5 @@ def pad_bounds(bounds: np.ndarray, bucket: int) -> np.ndarray:
 
 
 def round_up(value: int, multiple: int) -> int:
+    """The least multiple that is not below a value."""
     return -(-value // multiple) * multiple

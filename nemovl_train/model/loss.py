@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nemovl_train.model.chunks import FLOAT_LOGITS, rows_at_a_time
 from nemovl_train.parallel import cpu
 from nemovl_train.parallel.exchange import every_rank
 
@@ -25,24 +26,6 @@ from megatron.core import tensor_parallel  # noqa: E402
 
 IGNORE = -100
 """Label of a position without a target."""
-
-LOGIT_BYTES = 400 * 2**20
-"""Most bytes of logits at a time. More rows at a time mean fewer passes over the weight's gradient, which each reads
-and writes whole: at 132,096 rows, hidden 5120 and bf16 this is 1,536 positions, of which that pass costs a third."""
-_ROW_MULTIPLE = 128
-"""Positions at a time are a multiple of this, a matrix tile."""
-_BLOCK = 2**24
-"""Most logits in float32."""
-
-
-def rows_at_a_time(vocabulary: int, width: int) -> int:
-    """Positions whose logits exist at the same time.
-
-    Args:
-        vocabulary: Rows of the head on one rank.
-        width: Bytes of a logit.
-    """
-    return max(LOGIT_BYTES // (vocabulary * width) // _ROW_MULTIPLE, 1) * _ROW_MULTIPLE
 
 
 def token_loss(
@@ -80,7 +63,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """[M, H], [V, H], [M] -> [M] float32, the same on every rank of the group."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, targets: Tensor, group: dist.ProcessGroup, chunk: int) -> Tensor:
+    def forward(
+        ctx: Any, rows: Tensor, weight: Tensor, targets: Tensor, group: dist.ProcessGroup, chunk: int
+    ) -> Tensor:
         local = targets - group.rank() * len(weight)
         found = [_statistics(F.linear(r, weight), t) for r, t in _chunks(chunk, rows, local)]
         log_sum, own = _over_ranks(torch.cat(found, dim=1), group)
@@ -115,7 +100,7 @@ def _chunks(chunk: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 def _blocks(logits: Tensor) -> Iterator[tuple[int, Tensor]]:
     """First column of each block of columns, and the block."""
-    width = max(_BLOCK // max(len(logits), 1), 1)
+    width = max(FLOAT_LOGITS // max(len(logits), 1), 1)
     return ((begin, logits[:, begin : begin + width]) for begin in range(0, logits.shape[1], width))
 
 
@@ -170,7 +155,7 @@ def _weight_gradient(weight: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total [V, H] += left [M, V]^T right [M, H], summed in float32."""
+    """Adds left [M, V]^T right [M, H] to total [V, H], summed in float32."""
     if total.dtype == left.dtype:
         total.addmm_(left.t(), right)
     elif left.is_cuda:

@@ -15,7 +15,7 @@ from nemovl_train.parallel.layout import Layout
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "gpu"))
 
-from gpu_packs import random_pack  # noqa: E402
+from gpu_packs import random_pack
 
 PARTS = ("vision", "projector", "language")
 
