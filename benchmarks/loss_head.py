@@ -20,10 +20,18 @@ SHARE = 0.3
 def measure_head(case: Any) -> dict[str, Any]:
     """Forward and backward over a pack, medians; `extra` is memory that exists beside inputs, weight and gradients."""
     from nemovl_train.config.schema import ParallelConfig
-    from nemovl_train.model.loss import IGNORE, token_loss
     from nemovl_train.parallel.layout import Layout
 
     layout = Layout.create(ParallelConfig())
+    try:
+        return _measure(case, layout)
+    finally:
+        layout.destroy()
+
+
+def _measure(case: Any, layout: Any) -> dict[str, Any]:
+    from nemovl_train.model.loss import IGNORE, token_loss
+
     cuda = layout.device.type == "cuda"
     dtype, device = (torch.bfloat16 if cuda else torch.float32), layout.device
     generator = torch.Generator(device).manual_seed(0)
@@ -57,7 +65,6 @@ def measure_head(case: Any) -> dict[str, Any]:
     }
     row = {f"{name}_{key}": value for name, found in rows.items() for key, value in found.items()}
     row |= _errors(fused, eager, every[: min(2048, len(every))], hidden, weight)
-    layout.destroy()
     return row
 
 

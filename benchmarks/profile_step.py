@@ -46,7 +46,8 @@ def profiled(step: Callable[[], None], path: Path, *, title: str, write: bool) -
             torch.cuda.synchronize()
         wall = (time.perf_counter() - began) * 1e3
     device = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
-    events = [e for e in profiler.events() if e.device_type == device]
+    # Ranges that somebody named appear beside the kernels in them.
+    events = [e for e in profiler.events() if e.device_type == device and not e.is_user_annotation]
     found = summary([(e.name, e.time_range.start / 1e3, e.time_range.end / 1e3) for e in events], wall)
     if write:
         with path.open("a") as out:

@@ -107,18 +107,30 @@ def run_rank(cases: list, args: argparse.Namespace) -> None:
 
 
 def measure_training(case: Any, args: argparse.Namespace) -> dict[str, Any]:
-    """One case on this rank. Ranks wait for each other in every step, so one rank's clock is every rank's."""
+    """One case on this rank."""
+    import torch
+
+    from nemovl_train.parallel.layout import Layout
+
+    config = case.model(small=args.small)
+    layout = Layout.create(case.parallel, config.language)
+    try:
+        row = {"before_gib": torch.cuda.memory_allocated() / 2**30} if layout.device.type == "cuda" else {}
+        return row | _train(case, config, layout, args)
+    finally:
+        layout.destroy()
+
+
+def _train(case: Any, config: Any, layout: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """Ranks wait for each other in every step, so one rank's clock is every rank's."""
     import torch
     from profile_step import profiled
 
     from nemovl_train.model.flops import training_flops
     from nemovl_train.model.vlm import build_model
-    from nemovl_train.parallel.layout import Layout
     from nemovl_train.training.optimizer import Optimizers
     from nemovl_train.training.step import train_step
 
-    config = case.model(small=args.small)
-    layout = Layout.create(case.parallel, config.language)
     cuda = layout.device.type == "cuda"
     dtype = torch.float32 if args.small else torch.bfloat16
     model = build_model(
@@ -179,7 +191,6 @@ def measure_training(case: Any, args: argparse.Namespace) -> dict[str, Any]:
         row["mfu"] = None
     if args.profile:
         row["profile"] = profiled(step, args.profile, title=case.case, write=layout.rank == 0)
-    layout.destroy()
     return row
 
 

@@ -116,7 +116,7 @@ def _drop_input(linear: nn.Module, inputs: tuple[Tensor, ...], outputs: tuple[Te
     remake = getattr(inputs[0], "remake", None)
     if remake is None:
         return
-    del inputs[0].remake
+    delattr(inputs[0], "remake")
     if not outputs[0].requires_grad:
         return
     # `data` counts changes of its own: the values will be what they were, and autograd need not know.

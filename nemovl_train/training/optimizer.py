@@ -188,7 +188,7 @@ def _fuse_grad_accumulation(module: nn.Module) -> None:
     """
     for part in module.modules():
         if hasattr(part, "fuse_wgrad_accumulation") and part.weight.requires_grad:
-            part.fuse_wgrad_accumulation = True
+            part.fuse_wgrad_accumulation = True  # type: ignore[assignment]
 
 
 def _parameter_groups(config: OptimizerConfig) -> dict[ParamKey, ParamGroupOverride]:

@@ -1,5 +1,6 @@
 """Output layer and cross entropy in one, against the plain form in float64."""
 
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -53,7 +54,7 @@ def plain(hidden, weight, labels, loss_weight):
 def weights_of(mode, labels):
     """Loss weights of three samples, as the data side makes them: whole samples, then slices."""
     edges, weight = (0, 5, 22, TOKENS), torch.zeros(TOKENS, dtype=torch.float64)
-    for begin, end in zip(edges, edges[1:], strict=False):
+    for begin, end in pairwise(edges):
         counted = labels[begin:end] != IGNORE
         n = max(int(counted.sum()), 1)
         weight[begin:end][counted] = {"token": 1.0, "sample": 1 / n, "square": 1 / np.sqrt(n)}[mode]

@@ -115,8 +115,7 @@ def test_what_does_not_fit_names_the_options_that_make_it_fit():
     assert f"set {helping}" in first
     assert make_plan(recipe("stage2_video_sft_49k", "cluster=h100_x8", *helping.split())).fits
     assert Policy() == policy_of(plan.config), "the default recomputes nothing"
-    sizes = [row["bytes"] for row in would_fit(plan).values()]
-    assert sizes == sorted(sizes, reverse=True)
+    assert all(row["bytes"] < plan.memory.total for row in would_fit(plan).values())
 
 
 def test_what_fits_in_another_layout_says_which():
