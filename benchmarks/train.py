@@ -21,6 +21,7 @@ import os
 import statistics
 import sys
 import time
+import traceback
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -94,6 +95,11 @@ def run_rank(cases: list, args: argparse.Namespace) -> None:
             row |= measure_head(case) if case.kind == "head" else measure_training(case, args)
         except torch.OutOfMemoryError as error:
             row |= {"failed": f"out of memory: {str(error).splitlines()[0]}"}
+        except Exception as error:
+            if args.processes > 1:
+                raise  # the others wait for this rank
+            traceback.print_exc()
+            row |= {"failed": repr(error)}
         row["wall_seconds"] = time.perf_counter() - began
         result["rows"].append(row | {"options": asdict(case)})
         if args.rank == 0:
