@@ -62,7 +62,7 @@ def changed(config, key: str, value):
         ("optim.states", "lean", "needs precision.params=bf16"),
         ("optim.states", "bf16", "did you mean bf16_moments?"),
         ("recompute.language", "selectve", "did you mean selective?"),
-        ("recompute.vision", "all", "choose from none, selective, full, tiles"),
+        ("recompute.vision", "0", "choose from none, selective, full, tiles"),
         ("recompute.language_layers", 2, "recompute.language=full alone"),
         ("checkpoint.keep_last", 0, "at least 1"),
         ("data.packing", "balance", "did you mean balanced"),
