@@ -34,7 +34,7 @@ from megatron.core.optimizer import (
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32, get_grad_norm_fp32
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -123,19 +123,42 @@ class Optimizers:
             group["lr"] = lr
             group["weight_decay"] = self.optim.weight_decay * group.get("wd_mult", 1.0)
         self.chained.prepare_grads()
-        norm = float(self.chained.get_grad_norm())
+        norm = self._gradient_norm()
         if not math.isfinite(norm):
             return norm
         for side in self.sides:
-            clip_grad_by_total_norm_fp32(
-                side.optimizer.get_parameters(),
-                self.optim.clip_grad,
-                norm,
-                # Gradients of another dtype than their master weight's cannot be its `grad`.
-                use_decoupled_grad=self.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
-            )
+            self._clip(side.optimizer.get_parameters(), norm)
         self.chained.step_with_ready_grads()
         return norm
+
+    def _gradient_norm(self) -> float:
+        """Norm over all sides and ranks. Collective.
+
+        Gradients of bfloat16 weights are bfloat16 with lean states, those of what stays float32 are not, and the
+        kernels behind megatron-core's norm and clipping read all tensors of a call as they read the first.
+        """
+        norms = [
+            get_grad_norm_fp32([g for g in grads if g.dtype == dtype], grad_stats_parallel_group=group)
+            for side in self.sides
+            for optimizer in side.optimizer.chained_optimizers
+            for grads, group in [(optimizer.get_grads_for_grad_norm(), optimizer.get_grad_stats_parallel_group())]
+            for dtype in self._gradient_dtypes
+        ]
+        return math.hypot(*norms)
+
+    def _clip(self, parameters: list[nn.Parameter], norm: float) -> None:
+        """Scales gradients so that a total norm of `norm` becomes at most `optim.clip_grad`."""
+        # Gradients of another dtype than their master weight's cannot be its `grad`.
+        apart = self.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+        held = "decoupled_grad" if apart else "grad"
+        for dtype in self._gradient_dtypes:
+            chosen = [p for p in parameters if (g := getattr(p, held, None)) is not None and g.dtype == dtype]
+            clip_grad_by_total_norm_fp32(chosen, self.optim.clip_grad, norm, use_decoupled_grad=apart)
+
+    @property
+    def _gradient_dtypes(self) -> tuple[torch.dtype, ...]:
+        """Of all gradients; the same on every rank, whatever it holds."""
+        return (torch.float32, torch.bfloat16) if self.optim.states == "lean" else (torch.float32,)
 
     def collect_weights(self) -> None:
         """Wait for weights that would otherwise be collected by the next forward pass. Collective.
