@@ -112,6 +112,8 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         params_dtype=DTYPES[config.precision.params],
         backend=config.precision.backend,
         seed=config.trainer.seed,
+        recompute=config.recompute,
+        draw_on=layout.device,
     )
     model.freeze(config.trainer.train)
     parameters = sum(p.numel() for p in model.parameters())

@@ -8,6 +8,7 @@ holds no gradient and no optimizer state.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,6 +20,7 @@ from torch import nn
 
 from data_pipelines.schema import Pack
 from nemovl_train.config.schema import OptimConfig
+from nemovl_train.exceptions import UserError
 from nemovl_train.model.vlm import NemotronVL
 from nemovl_train.parallel.layout import Layout
 from nemovl_train.training.micro_batches import forward_backward
@@ -34,7 +36,7 @@ from megatron.core.optimizer import (
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32, get_grad_norm_fp32
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -76,6 +78,8 @@ class Optimizers:
                     module,
                     pg_collection=groups,
                 )
+                if optim.fuse_grad_accumulation:
+                    _fuse_grad_accumulation(module)
                 optimizer = get_megatron_optimizer(
                     self.config,
                     [ddp],
@@ -130,13 +134,42 @@ class Optimizers:
             group["lr"] = lr
             group["weight_decay"] = self.optim.weight_decay * group.get("wd_mult", 1.0)
         self.chained.prepare_grads()
-        norm = float(self.chained.get_grad_norm())
+        norm = self._gradient_norm()
         if not math.isfinite(norm):
             return norm
         for side in self.sides:
-            clip_grad_by_total_norm_fp32(side.optimizer.get_parameters(), self.optim.clip_grad, norm)
+            self._clip(side.optimizer.get_parameters(), norm)
         self.chained.step_with_ready_grads()
         return norm
+
+    def _gradient_norm(self) -> float:
+        """Norm over all sides and ranks. Collective.
+
+        Gradients of bfloat16 weights are bfloat16 with lean states, those of what stays float32 are not, and the
+        kernels behind megatron-core's norm and clipping read all tensors of a call as they read the first.
+        """
+        norms = [
+            get_grad_norm_fp32([g for g in grads if g.dtype == dtype], grad_stats_parallel_group=group)
+            for side in self.sides
+            for optimizer in side.optimizer.chained_optimizers
+            for grads, group in [(optimizer.get_grads_for_grad_norm(), optimizer.get_grad_stats_parallel_group())]
+            for dtype in self._gradient_dtypes
+        ]
+        return math.hypot(*norms)
+
+    def _clip(self, parameters: list[nn.Parameter], norm: float) -> None:
+        """Scales gradients so that a total norm of `norm` becomes at most `optim.clip_grad`."""
+        # Gradients of another dtype than their master weight's cannot be its `grad`.
+        apart = self.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+        held = "decoupled_grad" if apart else "grad"
+        for dtype in self._gradient_dtypes:
+            chosen = [p for p in parameters if (g := getattr(p, held, None)) is not None and g.dtype == dtype]
+            clip_grad_by_total_norm_fp32(chosen, self.optim.clip_grad, norm, use_decoupled_grad=apart)
+
+    @property
+    def _gradient_dtypes(self) -> tuple[torch.dtype, ...]:
+        """Of all gradients; the same on every rank, whatever it holds."""
+        return (torch.float32, torch.bfloat16) if self.optim.states == "lean" else (torch.float32,)
 
     def collect_weights(self) -> None:
         """Wait for weights that would otherwise be collected by the next forward pass. Collective.
@@ -184,11 +217,21 @@ def _sides(model: NemotronVL, layout: Layout) -> Iterator[tuple[str, nn.Module, 
 def _ddp_config(optim: OptimConfig, *, overlap: bool) -> DistributedDataParallelConfig:
     """Tower and projector never overlap: a rank, a micro-batch or a whole stage may have no images for them."""
     return DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=optim.states != "lean",
         overlap_grad_reduce=overlap and optim.overlap_grad_reduce,
         overlap_param_gather=overlap and optim.overlap_param_gather,
         use_distributed_optimizer=optim.distributed,
     )
+
+
+def _fuse_grad_accumulation(module: nn.Module) -> None:
+    """Lets Transformer Engine's linears add weight gradients to `main_grad`.
+
+    Through megatron-core's config this would need apex for the output layer, which is not Transformer Engine's.
+    """
+    for part in module.modules():
+        if hasattr(part, "fuse_wgrad_accumulation") and part.weight.requires_grad:
+            part.fuse_wgrad_accumulation = True  # type: ignore[assignment]
 
 
 def _parameter_groups(config: OptimizerConfig) -> dict[ParamKey, ParamGroupOverride]:
@@ -217,4 +260,26 @@ def _optimizer_config(optim: OptimConfig, params_dtype: torch.dtype) -> Optimize
         bf16=params_dtype == torch.bfloat16,
         params_dtype=params_dtype,
         use_distributed_optimizer=optim.distributed,
+        **_state_dtypes(optim.states),
     )
+
+
+def _state_dtypes(states: str) -> dict[str, Any]:
+    """Options of megatron-core's precision-aware optimizer, which is Transformer Engine's fused Adam.
+
+    Raises:
+        UserError: Transformer Engine is not there.
+    """
+    if states == "fp32":
+        return {}
+    if importlib.util.find_spec("transformer_engine") is None:
+        raise UserError(
+            f"optim.states={states} needs Transformer Engine's fused Adam, which is not installed (pip install "
+            "'nemovl[gpu]', on a CUDA machine); set optim.states=fp32"
+        )
+    return {
+        "use_precision_aware_optimizer": True,
+        "exp_avg_dtype": torch.bfloat16,
+        "exp_avg_sq_dtype": torch.bfloat16,
+        "main_grads_dtype": torch.bfloat16 if states == "lean" else torch.float32,
+    }

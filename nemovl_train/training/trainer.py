@@ -79,7 +79,12 @@ class Trainer:
         self.config, self.folder, self.layout = config, folder, layout
         dtype = DTYPES[config.precision.params]
         self.model = build_model(
-            config.model, layout, params_dtype=dtype, backend=config.precision.backend, seed=config.trainer.seed
+            config.model,
+            layout,
+            params_dtype=dtype,
+            backend=config.precision.backend,
+            seed=config.trainer.seed,
+            recompute=config.recompute,
         )
         self.model.freeze(train=config.trainer.train)
         self.state = TrainState(seed=config.trainer.seed, config_hash=config_hash(config))
