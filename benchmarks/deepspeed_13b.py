@@ -37,6 +37,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--zero-stage", type=int, choices=(1, 2, 3), default=3)
     parser.add_argument("--no-offload", action="store_true", help="optimizer state stays on the GPUs")
     parser.add_argument("--offload-params", action="store_true")
+    parser.add_argument("--recompute", action="store_true", help="keep layers' inputs and pixels alone for backward")
     parser.add_argument("--train", default="vision,projector,language", help="parts that train")
     parser.add_argument("--small", action="store_true", help="laptop widths, fp32")
     return parser.parse_args()
@@ -86,7 +87,8 @@ def run_config(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         offload_params=args.offload_params,
     )
     trainer = replace(config.trainer, global_batch=args.packs, train=tuple(args.train.split(",")))
-    return replace(config, engine=engine, trainer=trainer), shapes
+    recompute = replace(config.recompute, language="full", vision="tiles") if args.recompute else config.recompute
+    return replace(config, engine=engine, trainer=trainer, recompute=recompute), shapes
 
 
 def train(args: argparse.Namespace) -> dict[str, Any]:

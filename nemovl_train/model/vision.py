@@ -81,10 +81,16 @@ class VisionTower(RADIOViTModel):
         if tiles_T3PP.shape[0] == 0:
             tokens = (self.img_h // self.patch_dim // _SHUFFLE) ** 2
             return self.class_token.new_zeros(0, tokens, _SHUFFLE**2 * self.visual_hidden_size)
+        encode = self._encode_chunk
         if self.keeps_pixels_only and torch.is_grad_enabled():
             encode = partial(checkpoint, self._encode_chunk, use_reentrant=False, preserve_rng_state=False)
-            return torch.cat([encode(chunk) for chunk in tiles_T3PP.split(TILES_ENCODED_AGAIN)])
-        return torch.cat([self._encode_chunk(chunk) for chunk in tiles_T3PP.split(self.max_tiles_per_chunk)])
+        return torch.cat([encode(chunk) for chunk in tiles_T3PP.split(self.tiles_per_chunk())])
+
+    def tiles_per_chunk(self) -> int:
+        """Most tiles of one call of the tower, with gradients enabled or not as they are now."""
+        if self.keeps_pixels_only and torch.is_grad_enabled():
+            return TILES_ENCODED_AGAIN
+        return self.max_tiles_per_chunk
 
     def normalize(self, tiles_T3PP: Tensor) -> Tensor:
         """Pixels as the tower was trained on them: (x / 255 - mean) / std, in float32, then the tower's dtype."""

@@ -171,8 +171,10 @@ class DeepSpeedEngine:
 
     def _blank_tiles(self, tiles: int) -> int:
         """Blank tiles that bring this rank's calls of the tower to the largest number of any rank, one at least."""
-        assert self.model.vision_model is not None
-        chunk = self.model.vision_model.max_tiles_per_chunk
+        tower = self.model.vision_model
+        assert tower is not None
+        with torch.set_grad_enabled(any(p.requires_grad for p in tower.parameters())):  # as the model encodes them
+            chunk = tower.tiles_per_chunk()
         calls = -(-tiles // chunk)
         most = torch.tensor([max(calls, 1)], device=self.layout.device)
         dist.all_reduce(most, op=dist.ReduceOp.MAX)

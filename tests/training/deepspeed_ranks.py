@@ -2,8 +2,8 @@
 
     RANK=r WORLD_SIZE=2 MASTER_ADDR=... MASTER_PORT=... python deepspeed_ranks.py DATA OUT.json ENGINE ...
 
-An engine is `megatron/DTYPE` or `STAGE/DTYPE[/offload]`; `averaged` after it leaves out the factor that undoes
-DeepSpeed's average over ranks, `rounded` rounds to bfloat16 what stays float32: what the comparison has to notice.
+An engine is `megatron/DTYPE` or `STAGE/DTYPE[/offload][/recompute]`; `averaged` after it leaves out the factor that
+undoes DeepSpeed's average over ranks, `rounded` rounds to bfloat16 what stays float32: what the comparison has to notice.
 """
 
 import json
@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny_runs
 
 from data_pipelines.loader import PackStream
-from nemovl_train.config.schema import EngineConfig, OptimConfig, ParallelConfig, PrecisionConfig
+from nemovl_train.config.schema import EngineConfig, OptimConfig, ParallelConfig, PrecisionConfig, RecomputeConfig
+from nemovl_train.model import vision
 from nemovl_train.model.backend import DTYPES
 from nemovl_train.model.vlm import build_model
 from nemovl_train.parallel.layout import Layout, shutdown
@@ -51,7 +52,14 @@ def config_of(name: str, data: Path):
 def train(name: str, data: Path, layout: Layout) -> dict:
     """Losses, gradient norms, tiles of the step and of this rank."""
     config = config_of(name, data)
-    model = build_model(config.model, layout, params_dtype=DTYPES[config.precision.params], backend="torch", seed=5)
+    model = build_model(
+        config.model,
+        layout,
+        params_dtype=DTYPES[config.precision.params],
+        backend="torch",
+        seed=5,
+        recompute=RecomputeConfig(language="full", vision="tiles") if "recompute" in name else None,
+    )
     model.vision_model.max_tiles_per_chunk = 1  # ranks then differ in calls of the tower, not only in having any
     model.freeze(config.trainer.train)
     if "rounded" in name:
@@ -90,6 +98,7 @@ def main() -> None:
     data, out, *names = sys.argv[1:]
     torch.set_num_threads(1)
     deepspeed_engine.PERSISTENT_ELEMENTS = 0  # everything is small here, and would be kept whole
+    vision.TILES_ENCODED_AGAIN = 1
     layout = Layout.create(ParallelConfig())
     found = {name: train(name, Path(data), layout) for name in names}
     Path(f"{out}.{layout.rank}").write_text(json.dumps(found))
