@@ -2,8 +2,9 @@
 
     RANK=r WORLD_SIZE=2 MASTER_ADDR=... MASTER_PORT=... python deepspeed_ranks.py DATA OUT.json ENGINE ...
 
-An engine is `megatron/DTYPE` or `STAGE/DTYPE[/offload][/recompute]`; `averaged` after it leaves out the factor that
-undoes DeepSpeed's average over ranks, `rounded` rounds to bfloat16 what stays float32: what the comparison has to notice.
+An engine is `megatron/DTYPE` or `STAGE/DTYPE`, with `/offload` and `/recompute` where asked for. What the comparison
+has to notice: `/averaged` leaves out the factor that undoes DeepSpeed's average over ranks, `/rounded` rounds to
+bfloat16 what stays float32.
 """
 
 import json
