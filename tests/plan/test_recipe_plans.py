@@ -11,6 +11,7 @@ import pytest
 from nemovl_train.config.compose import compose_run, compose_schedule, compose_stage
 from nemovl_train.config.dump import config_hash
 from nemovl_train.config.recipes import list_recipes, recipe_kind
+from nemovl_train.exceptions import ConfigError
 from nemovl_train.plan.planner import make_plan, to_json
 from nemovl_train.plan.search import search
 
@@ -136,7 +137,8 @@ def test_every_recipe_plans_within_five_cpu_seconds_and_without_torch():
         "for name in list_recipes():\n"
         "    began = time.process_time()\n"
         "    with contextlib.redirect_stdout(io.StringIO()) as out:\n"
-        "        code = main(['plan', f'recipe={name}', '--json'])\n"
+        "        engine = ['engine=megatron'] if 'deepspeed' in name else []\n"
+        "        code = main(['plan', f'recipe={name}', *engine, '--json'])\n"
         "    json.loads(out.getvalue())\n"
         "    seconds[name] = (code, time.process_time() - began)\n"
         "print(json.dumps([seconds, [m for m in ('torch', 'megatron', 'transformers') if m in sys.modules]]))"
@@ -146,6 +148,11 @@ def test_every_recipe_plans_within_five_cpu_seconds_and_without_torch():
     assert imported == []
     assert set(seconds) == set(list_recipes())
     assert all(code == 0 and taken < 5 for code, taken in seconds.values()), seconds
+
+
+def test_a_run_that_plans_know_nothing_of_is_refused():
+    with pytest.raises(ConfigError, match="engine=megatron plans this run"):
+        make_plan(compose_run("tiny/finetune_deepspeed"))
 
 
 @pytest.mark.parametrize("cluster", CLUSTERS)
