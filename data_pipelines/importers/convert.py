@@ -98,9 +98,9 @@ class Converter:
                 data = self._fetch(item["ref"], item["type"], row)
                 member = f"{item['type']}{len(media)}.{content_suffix(data, item['type'])}"
                 media[member] = data
-                items.append({"type": item["type"], item["type"]: member, **_source(item["ref"]), **_metadata(item)})
-            messages.append({"role": message["role"], "content": items})
-        return {"id": key, "messages": messages}, media
+                items.append({"type": item["type"], item["type"]: member, **_source(item), **_metadata(item)})
+            messages.append({**message, "content": items})
+        return {"id": key, **draft.extra, "messages": messages}, media
 
 
 def _switch_on(messages: list[dict[str, Any]]) -> None:
@@ -113,8 +113,11 @@ def _switch_on(messages: list[dict[str, Any]]) -> None:
     messages[0]["content"].append({"type": "text", "text": "/think"})
 
 
-def _source(reference: Any) -> dict[str, str]:
-    """Name that the source gave a medium, kept so that a sample can be traced back to its file."""
+def _source(item: Mapping[str, Any]) -> dict[str, str]:
+    """Name that the source gave a medium, kept so that a sample can be traced back to its file; an export hands it on."""
+    if "source" in item:
+        return {"source": item["source"]}
+    reference = item["ref"]
     if isinstance(reference, Mapping):
         reference = reference.get("path")
     named = isinstance(reference, str) and not reference.startswith("data:")

@@ -155,7 +155,7 @@ def _detect(source: Path, roots: Sequence[Path]) -> str:
         paths = source_files(source, JSON_SUFFIXES, roots)
         found = (record for path in paths if (record := _first_record(path)) is not None)
         if (record := next(found, None)) is not None:
-            return _conversation_format(record)
+            return _conversation_format(record, tars=bool(suffixes[".tar"]))
     if suffixes[".tar"]:
         return "webdataset"
     if any(suffixes[suffix] for suffix in CSV_SUFFIXES):
@@ -173,9 +173,11 @@ class _Anything(tuple[str, ...]):
         return True
 
 
-def _conversation_format(record: dict[str, Any]) -> str:
+def _conversation_format(record: dict[str, Any], *, tars: bool) -> str:
     kind = has_conversation(record)
     if kind == "messages":
+        if tars:  # of media, which the first record may have none of
+            return "nemotron-v2"
         beside = {"images", "videos"} & set(record)
         parts = (p for m in record["messages"] if isinstance(m.get("content"), list) for p in m["content"])
         named = any(
