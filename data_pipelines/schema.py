@@ -124,8 +124,8 @@ def validate_record(record: object, *, prompt: bool = False) -> None:
     which says that `<image>` and `<video>` in it are words and never stand for media.
 
     Tools are `"tools": [JSON text of each definition]` on the record and `"tool_calls": [{"name", "arguments": JSON
-    text}]` on an assistant message, answered by a `tool` message for each call, which take the place of the user's. They
-    are texts because their tokens depend on the order of keys, which a record does not keep.
+    text}]` on an assistant message, answered by a `tool` message for each call, in the place of the user's. They are
+    texts because their tokens depend on the order of keys, which a record does not keep.
 
     Args:
         record: Parsed JSON.
@@ -147,7 +147,9 @@ def validate_record(record: object, *, prompt: bool = False) -> None:
         _check_message(message, f"record {key!r}, message {number}")
     tools = record.get("tools", [])
     if not isinstance(tools, list) or not all(_is_json_object(tool) for tool in tools):
-        raise DataError(f"record {key!r}: 'tools' must be a list of texts, each a JSON object such as '{{\"name\": ...}}'")
+        raise DataError(
+            f"record {key!r}: 'tools' must be a list of texts, each a JSON object such as '{{\"name\": ...}}'"
+        )
     _check_turns(key, messages, prompt=prompt)
 
 
@@ -190,8 +192,8 @@ def _check_message(message: object, where: str) -> None:
         named = role == "assistant" and isinstance(call, Mapping) and isinstance(call.get("name"), str)
         if not (named and set(call) == {"name", "arguments"} and _is_json_object(call["arguments"])):
             raise DataError(
-                f"{where}: a call is made by the assistant and has a 'name' and 'arguments', the text of a JSON object; "
-                f"got {call!r:.120}"
+                f"{where}: a call is made by the assistant and has a 'name' and 'arguments', the text of a JSON "
+                f"object; got {call!r:.120}"
             )
     if isinstance(content, str):
         _check_text(content, where)

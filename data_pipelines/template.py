@@ -66,12 +66,12 @@ TRACE_START, NO_TRACE = "<think>\n", "<think></think>"
 TOOLS_INTRODUCTION = "You can use the following tools to assist the user if required:\n"
 TOOLS_USE = (
     "If you decide to call any tool(s), use the following format:\n"
-    '<TOOLCALL>[{{"name": "tool_name1", "arguments": "tool_args1"}}, {{"name": "tool_name2", "arguments": "tool_args2"}}]'
-    "</TOOLCALL>\n\n"
+    '<TOOLCALL>[{{"name": "tool_name1", "arguments": "tool_args1"}}, '
+    '{{"name": "tool_name2", "arguments": "tool_args2"}}]</TOOLCALL>\n\n'
     "The user will execute tool-calls and return responses from tool(s) in this format:\n"
     '<TOOL_RESPONSE>[{{"tool_response1"}}, {{"tool_response2"}}]</TOOL_RESPONSE>\n\n'
-    "Based on the tool responses, you can call additional tools if needed, correct tool calls if any errors are found, or "
-    "just respond to the user."
+    "Based on the tool responses, you can call additional tools if needed, correct tool calls if any errors are found, "
+    "or just respond to the user."
 )
 """What the released template writes around the definitions of tools; the doubled braces are its own."""
 _SWITCH = re.compile(r"/think|/no_think")
@@ -272,7 +272,9 @@ def _with_calls(text: str, calls: Sequence[Mapping[str, str]]) -> str:
     """An answer with the calls that it makes."""
     if not calls:
         return text
-    listed = ", ".join(f'{{"name": {json.dumps(c["name"], ensure_ascii=False)}, "arguments": {c["arguments"]}}}' for c in calls)
+    listed = ", ".join(
+        f'{{"name": {json.dumps(c["name"], ensure_ascii=False)}, "arguments": {c["arguments"]}}}' for c in calls
+    )
     before = f"{text.rstrip()}\n\n" if text.strip() else ""
     return f"{before}<TOOLCALL>[{listed}]</TOOLCALL>"
 

@@ -40,6 +40,7 @@ class Format:
         conversation: Field that must hold the conversation; rows of columns when None, either when empty.
         task: Task of its columns, where the format itself says so.
         tars: Media may lie in tar files beside the records.
+        media: A row without a medium is one whose column was not recognised, unless the user says otherwise.
     """
 
     about: str
@@ -47,6 +48,7 @@ class Format:
     conversation: str | None = ""
     task: str | None = None
     tars: bool = False
+    media: bool = False
 
 
 def _json_or_csv(source: Path) -> Reader:
@@ -106,7 +108,9 @@ FORMATS: dict[str, Format] = {
     "webdataset": Format(about="webdataset tar shards", reader=lambda source: TarReader()),
     "energon": Format(about="folder prepared by Megatron-Energon (.nv-meta)", reader=lambda source: EnergonReader()),
     "folder": Format(
-        about=f"images or videos with {METADATA_JSON}, {METADATA_CSV} or another table of columns", reader=_json_or_csv
+        about=f"images or videos with {METADATA_JSON}, {METADATA_CSV} or another table of columns",
+        reader=_json_or_csv,
+        media=True,
     ),
     "pdf": Format(
         about="PDF files: each page rendered, its text layer as the answer",

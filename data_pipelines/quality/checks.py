@@ -22,8 +22,8 @@ START, END = "<think>", "</think>"
 _FIXES = {
     "storage": "copy the shard again, or import the source again",
     "record": "repair the row in the source and import again",
-    "image": "replace the file in the source and import again, or: nemovl data quarantine add FOLDER --key ID",
-    "video": "replace the file in the source and import again, or: nemovl data quarantine add FOLDER --key ID",
+    "image": "replace the file in the source and import again, or: nemovl data quarantine add FOLDER KEY",
+    "video": "replace the file in the source and import again, or: nemovl data quarantine add FOLDER KEY",
     "length": "import again: the tokenizers library counts otherwise than when the folder was written",
     "too_long": "shorten the text, or train with a larger data.seq_length; as it is, the plan leaves the sample out",
     "empty_answer": "write an answer, or leave the row out",

@@ -12,6 +12,7 @@ Shape legend: N samples, H numbers of a signature, I images of the sample that h
 """
 
 import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -123,7 +124,12 @@ class _Prints:
 
 
 def find_duplicates(
-    folders: Sequence[Path], *, text_similarity: float = 0.8, image_bits: int = 4, exact_only: bool = False, workers: int = 1
+    folders: Sequence[Path],
+    *,
+    text_similarity: float = 0.8,
+    image_bits: int = 4,
+    exact_only: bool = False,
+    workers: int = 1,
 ) -> Report:
     """Compare all samples of some dataset folders with each other. Needs about 1.1 kB of memory a sample.
 
@@ -292,7 +298,7 @@ def _image_bands(hashes: np.ndarray, bits: int) -> Iterator[np.ndarray]:
         yield hashes
         return
     edges = np.linspace(0, 64, bits + 2).astype(int)
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
+    for low, high in itertools.pairwise(edges):
         yield (hashes >> np.uint64(low)) & np.uint64(2 ** (high - low) - 1)
 
 
@@ -312,11 +318,11 @@ def _compare(
         # The cheapest comparison first: the texts of thousands of questions may all be one.
         distances = np.bitwise_count(prints.images[group] ^ prints.images[first]).max(axis=1)
         close = (distances <= bits) & (prints.media[group] == prints.media[first])
-        for number, distance in zip(group[close], distances[close], strict=True):
-            text = min(
-                (prints.asked[number] == prints.asked[first]).mean(),
-                (prints.answered[number] == prints.answered[first]).mean(),
-            )
+        texts = np.minimum(
+            (prints.asked[group[close]] == prints.asked[first]).mean(axis=1),
+            (prints.answered[group[close]] == prints.answered[first]).mean(axis=1),
+        )
+        for number, text, distance in zip(group[close], texts, distances[close], strict=True):
             if text >= similarity:
                 found[int(number)] = (int(first), float(text), int(distance))
                 left[number] = False

@@ -129,7 +129,11 @@ def test_tools_calls_and_results() -> None:
 def tool_talk(first: str, said: str, answer: str) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
     """A record that calls two tools, and the same for the chat template: its messages and tools."""
     tools = [
-        {"name": "weather", "description": "It's here", "parameters": {"type": "object", "properties": {"b": 1, "a": 2}}},
+        {
+            "name": "weather",
+            "description": "It's here",
+            "parameters": {"type": "object", "properties": {"b": 1, "a": 2}},
+        },
         {"name": "add"},
     ]
     calls = [{"name": "weather", "arguments": '{"city": "K\u00f6ln"}'}, {"name": "add", "arguments": "{}"}]
@@ -172,7 +176,8 @@ def test_only_what_the_assistant_writes_of_a_tool_turn_is_in_the_loss() -> None:
     tokenizer = Characters()
     sample = encode_record(record, [], tokenizer, tokens_per_tile=1)  # type: ignore[arg-type]
     trained = tokenizer.decode(sample.labels[sample.labels != -100].tolist())
-    call = '<TOOLCALL>[{"name": "weather", "arguments": {"city": "K\u00f6ln"}}, {"name": "add", "arguments": {}}]</TOOLCALL>'
+    weather = '{"name": "weather", "arguments": {"city": "K\u00f6ln"}}'
+    call = f'<TOOLCALL>[{weather}, {{"name": "add", "arguments": {{}}}}]</TOOLCALL>'
     assert trained == (
         f"<think></think>Let me see.\n\n{call}\n<SPECIAL_12>\n<think></think>7\n<SPECIAL_12>\n"
         "<think></think>Done.\n<SPECIAL_12>\n"

@@ -25,7 +25,10 @@ def test_accepts_text_items_strings_and_media():
         ({"id": "x", "messages": [ASK, ASK, ANSWER]}, "and assistant in turn"),
         ({"id": "x", "messages": [{"role": "narrator", "content": ""}]}, "role 'narrator' is not one of"),
         ({"id": "x", "messages": [ASK, {"role": "tool", "content": ""}]}, "answers no call"),
-        ({"id": "x", "messages": [ASK, {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}]}, "a call is"),
+        (
+            {"id": "x", "messages": [ASK, {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}]},
+            "a call is",
+        ),
         ({"id": "x", "tools": [{"name": "f"}], "messages": [ASK, ANSWER]}, "list of texts, each a JSON object"),
         ({"id": "x", "messages": [{"role": "user", "content": 3}]}, "string or a list"),
         ({"id": "x", "messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "type 'audio'"),
