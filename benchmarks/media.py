@@ -110,9 +110,9 @@ def video(clip: Path | None) -> dict[str, Any]:
     frames = sample_frames(shape.frames, shape.fps, target_fps=2.0, max_frames=128)
 
     def work() -> int:
-        return len(video_tiles(data, frames, TILE))
+        return len(video_tiles(data, frames, TILE, shape.frames))
 
-    ours = video_tiles(data, frames, TILE).numpy().astype(np.int16)
+    ours = video_tiles(data, frames, TILE, shape.frames).numpy().astype(np.int16)
     differences = []
     for tile, frame in zip(ours, decoded_frames(data, frames), strict=True):
         scaled = frame.reformat(width=TILE, height=TILE, format="rgb24", interpolation="BICUBIC").to_ndarray()

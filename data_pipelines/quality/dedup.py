@@ -240,7 +240,8 @@ def _print(dataset: Dataset, row: int) -> _Print:
         content = content_hash(stored)
     except (DataError, OSError, ValueError):
         return None
-    asked, answered = [], []
+    asked: list[str] = []
+    answered: list[str] = []
     for message in stored.record["messages"]:
         text = "".join(item["text"] for item in content_items(message) if item["type"] == "text")
         text += "".join(f" {call}" for call in message.get("tool_calls", ()))
