@@ -3,7 +3,7 @@
     python benchmarks/media.py image --out FILE                     # JPEG of 1664 x 1248 to 12 tiles and a thumbnail
     python benchmarks/media.py video --clip clip.mp4 --out FILE     # 2 frames a second of a clip, each to one tile
 
-Rates are the best of three passes, by wall time and by the process's own CPU time. Without `--clip` a clip of 1280 x 720
+Rates are the best of three passes, by wall time and by the process's own CPU time. Without `--clip` one of 1280 x 720
 at 30 frames a second is made: moving noise of high detail, harder to decode than most films.
 """
 
@@ -118,7 +118,7 @@ def video(clip: Path | None) -> dict[str, Any]:
         scaled = frame.reformat(width=TILE, height=TILE, format="rgb24", interpolation="BICUBIC").to_ndarray()
         differences.append(np.abs(tile - scaled.transpose(2, 0, 1).astype(np.int16)))
     return {
-        "clip": f"{shape.width}x{shape.height}, {shape.fps:g} frames a second, {shape.frames} frames, {len(data)} bytes",
+        "clip": f"{shape.width}x{shape.height}, {shape.frames} frames, {shape.fps:g} a second, {len(data)} bytes",
         "sampled": len(frames),
         "decoded": frames[-1] + 1,
         "sampled_frames": _rates(work),

@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 REASONS = "quarantine.jsonl"
 REJECTED = "rejected.jsonl"
+_SEARCHED = 10_000
+"""Ids that a mistyped one is compared with: more would take seconds."""
 _SUMS = ("tiles", "total_tokens", "supervised_tokens")
 
 
@@ -62,7 +64,7 @@ def _set_aside(folder: Path, split: str, reasons: Mapping[str, str]) -> int:
     if not wanted:
         return 0
     if missing := sorted(set(wanted) - set(whole["key"].to_pylist())):
-        near = difflib.get_close_matches(missing[0], whole["key"].to_pylist(), n=1)
+        near = difflib.get_close_matches(missing[0], whole["key"].slice(0, _SEARCHED).to_pylist(), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else f"; it has ids like {whole['key'][0].as_py()!r}"
         raise DataError(f"{folder} has no sample {missing[0]!r} in split {split!r}{hint}")
     if len(known) + len(wanted) == len(whole):
