@@ -127,12 +127,12 @@ def test_bad_samples_are_set_aside_and_come_back(say, photos, rules, tmp_path):
 
 
 def test_a_held_out_share_and_an_export_that_comes_back(say, photos, rules, tmp_path):
-    code, out, _ = say("data", "import", "photos", "--out", "ds", *rules, "--heldout", 0.2)
+    code, out, _ = say("data", "import", "photos", "--out", "ds", *rules, "--heldout", 0.2, "--workers", 1)
     assert code == 0
     assert "heldout: " in out
     assert say("data", "dedup", "ds", "--workers", 1)[0] == 0
     assert say("data", "export", "ds", "--out", "plain", "--layout", "folder")[0] == 0
-    assert say("data", "import", "plain", "--out", "back", "--like", "ds")[0] == 0
+    assert say("data", "import", "plain", "--out", "back", "--like", "ds", "--workers", 1)[0] == 0
     for name in ("train.parquet", "heldout.parquet", "train-00000.tar", "heldout-00000.tar"):
         assert (tmp_path / "ds" / name).read_bytes() == (tmp_path / "back" / name).read_bytes()
 
