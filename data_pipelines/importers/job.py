@@ -321,7 +321,8 @@ def _all_units(options: ImportOptions, work_options: WorkOptions, units: Sequenc
     progress = _Progress(len(units), results)
     if options.limit is not None:
         new = _limited(work_options, units, options.limit, results)
-    elif options.workers == 1 or len(missing) <= 1:
+    elif options.workers == 1 or len({(unit.path, unit.start, unit.files) for _, unit in missing}) <= 1:
+        # Processes cost seconds: one unit and its held-out twin are not worth them.
         new = _one_by_one(work_options, missing)
     else:
         new = _in_processes(work_options, missing, min(options.workers, len(missing)))
