@@ -43,7 +43,8 @@ def test_help_names_every_verb_and_the_exit_codes(capsys):
 
 @pytest.mark.parametrize(
     "argv", [["train"], ["schedule"], ["recipes", "list"], ["data", "make-demo"], ["data", "plan"], ["data", "bench"],
-             *(["data", verb] for verb in ("import", "validate", "stats", "show", "frames", "render-pdf")),
+             *(["data", verb] for verb in ("import", "validate", "stats", "show", "dedup", "export")),
+             *(["data", verb] for verb in ("frames", "render-pdf")),
              ["data", "quarantine", "restore"], ["convert", "export"],
              ["launch", "torchrun"], ["generate"], ["report"], ["doctor"], ["plan"]],
     ids=" ".join,
