@@ -167,6 +167,12 @@ def _add_generate(subparsers: Subparsers) -> None:
     add_generate_command(subparsers)
 
 
+def _add_eval(subparsers: Subparsers) -> None:
+    from nemovl_train.evaluation.cli import add_eval_command
+
+    add_eval_command(subparsers)
+
+
 def _add_report(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser("report", help="write a run's self-contained report.html")
     parser.add_argument("run_dir", type=Path, help="run folder, such as runs/tiny")
@@ -206,6 +212,7 @@ VERBS: dict[str, tuple[str, Callable[[Subparsers], None] | None]] = {
     "convert": ("to and from Hugging Face folders", _add_convert),
     "launch": ("the same run on several processes", _add_launch),
     "generate": ("answer questions about images and videos", _add_generate),
+    "eval": ("score an exported model on held-out sets and benchmarks", _add_eval),
     "report": ("a run's self-contained report.html", _add_report),
     "doctor": ("check this machine and installation", _add_doctor),
 }

@@ -91,6 +91,7 @@ class Run:
         parts: Trainings below `parts/`, the pretrained parts that a toy schedule makes first.
         environment: `environment.json`, empty when missing.
         verification: `hf/verification.json`, empty when missing.
+        evaluations: What `nemovl eval --report` left in `evaluations/`, by label.
         problems: Files that are there but cannot be read, one sentence each.
     """
 
@@ -99,6 +100,7 @@ class Run:
     parts: list[Stage]
     environment: dict[str, Any]
     verification: dict[str, Any]
+    evaluations: dict[str, dict[str, Any]]
     problems: list[str]
 
 
@@ -183,6 +185,7 @@ def read_run(folder: Path) -> Run:
         parts=parts,
         environment=reader.json(folder / "environment.json", dict),
         verification=reader.json(folder / "hf" / "verification.json", dict),
+        evaluations={path.stem: reader.json(path, dict) for path in sorted((folder / "evaluations").glob("*.json"))},
         problems=reader.problems,
     )
 
@@ -191,7 +194,7 @@ def _read_single_stage(folder: Path) -> Run:
     reader = Reader(folder.parent)
     stage = _read_stage(reader, folder, {})
     environment = reader.json(folder.parent / "environment.json", dict)
-    return Run(folder, [stage], [], environment, {}, reader.problems)
+    return Run(folder, [stage], [], environment, {}, {}, reader.problems)
 
 
 def _is_entry(entry: Any) -> bool:

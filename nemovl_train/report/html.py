@@ -23,7 +23,7 @@ from nemovl_train.report.charts import Line, line_chart
 from nemovl_train.report.collect import RUNNING, Run, Stage, read_run
 from nemovl_train.report.predictions import collect_cards
 from nemovl_train.report.summary import StageSummary, summarise_run, summarise_stage
-from nemovl_train.report.tables import config_lines, evaluation_rows, event_rows
+from nemovl_train.report.tables import config_lines, evaluation_rows, event_rows, exported_rows
 
 FILE_NAME = "report.html"
 
@@ -80,6 +80,7 @@ def render(run: Run, *, now: float, command: str) -> str:
         charts=_charts(run.stages, summaries),
         evaluated=evaluated,
         evaluation=evaluation_rows([stage for _, stage in evaluated]),
+        exported=[(label, found, exported_rows(found)) for label, found in run.evaluations.items()],
         cards=collect_cards(run.stages),
         answering=[(hue, stage) for hue, stage in enumerate(run.stages) if stage.predictions],
         configs=_configs(run.stages),
