@@ -221,7 +221,9 @@ def _ocrbench(folder: Path) -> Iterator[BenchmarkQuestion]:
         image = _picture((images if images.is_dir() else folder) / entry["image_path"], folder)
         formulas = entry["dataset_name"] == _HANDWRITTEN_FORMULAS
         group = _HANDWRITTEN_FORMULAS if formulas else entry["type"]
-        return BenchmarkQuestion(str(entry.get("id", number)), entry["question"], image, _texts(entry["answers"]), group)
+        return BenchmarkQuestion(
+            str(entry.get("id", number)), entry["question"], image, _texts(entry["answers"]), group
+        )
 
     yield from _entries(path, _json(path), question)
 

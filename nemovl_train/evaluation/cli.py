@@ -55,8 +55,8 @@ def add_eval_command(subparsers: Any) -> None:
 
 def _eval(args: argparse.Namespace) -> int:
     sets, benchmarks = _asked_for(args)
-    from nemovl_train.console import setup_logging
     from nemovl_train.checkpoint.files import replace_text
+    from nemovl_train.console import setup_logging
     from nemovl_train.evaluation.exported import evaluate
 
     setup_logging()
@@ -90,7 +90,9 @@ def _asked_for(args: argparse.Namespace) -> tuple[list[HeldoutSet], list[tuple[s
     for text in args.data:
         path, _, listed = text.partition(":")
         names = tuple(listed.split(",")) if listed else ("exact_match",)
-        problems += [f"--data {text}: no metric {n!r}{did_you_mean(n, list(METRICS))}" for n in names if n not in METRICS]
+        problems += [
+            f"--data {text}: no metric {n!r}{did_you_mean(n, list(METRICS))}" for n in names if n not in METRICS
+        ]
         if not (Path(path) / "dataset.json").is_file():
             problems.append(f"--data {text}: {path} is no dataset folder (see `nemovl data import`)")
         sets.append(HeldoutSet(Path(path).name, path, names, args.split))
@@ -103,7 +105,9 @@ def _asked_for(args: argparse.Namespace) -> tuple[list[HeldoutSet], list[tuple[s
             problems.append(f"--benchmark {text}: there is no folder {path!r}; write NAME=DIR")
         benchmarks.append((name, Path(path)))
     named = [heldout.name for heldout in sets] + [name for name, _ in benchmarks]
-    problems += [f"two sets are named {n!r}; evaluate them one by one" for n in sorted({n for n in named if named.count(n) > 1})]
+    problems += [
+        f"two sets are named {n!r}; evaluate them one by one" for n in sorted({n for n in named if named.count(n) > 1})
+    ]
     if problems:
         raise UserError("\n".join(problems))
     return sets, benchmarks

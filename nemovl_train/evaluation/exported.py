@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 
 ASKED_AT_ONCE = 32
 """Questions whose pixels are in memory together."""
+ALL = 2**31
+"""More questions than a set has."""
 MAX_SHOWN = 200
 """Most answers of a set that are kept in the results."""
 
@@ -138,7 +140,7 @@ def _open(exported: ExportedModel, heldout: HeldoutSet, seq_length: int) -> Data
 def _loss(
     model: NemotronVL, exported: ExportedModel, name: str, data: DataConfig, split: str, max_samples: int | None
 ) -> dict[str, Any]:
-    options = EvalConfig(split=split, max_samples=max_samples, seq_length=data.seq_length)
+    options = EvalConfig(split=split, max_samples=max_samples or ALL, seq_length=data.seq_length)
     config = RunConfig(model=exported.config, data=data, evaluation=options)
     score = score_source(model, data, name, config, model.layout, exported.tokenizer).row()
     return {"loss": score["loss"], "supervised_tokens": score["supervised_tokens"]}

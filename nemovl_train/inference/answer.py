@@ -76,7 +76,7 @@ class Decoding:
             problems.append(f"max_new_tokens is {self.max_new_tokens}: at least 1")
         if not 0 <= self.video_pruning_rate < 1:
             problems.append(
-                f"video_pruning_rate is {self.video_pruning_rate}: at least 0 (keep all tokens) and below 1; 0.75 is usual"
+                f"video_pruning_rate is {self.video_pruning_rate}: at least 0 (all tokens) and below 1; 0.75 is usual"
             )
         if problems:
             raise UserError("\n".join(problems))
@@ -258,4 +258,3 @@ def _read_medium(kind: str, path: Path) -> tuple[bytes, dict[str, Any]]:
         "video_fps": shape.fps,
         "video_num_frames": shape.frames,
     }
-

@@ -105,9 +105,7 @@ def _answer(
     writing = list(range(len(prompts)))
     cache = DecodingCache()
     features = [prompt.features for prompt in prompts if prompt.features is not None]
-    logits_MV = _pass(
-        model, cache, [p.input_ids.tolist() for p in prompts], torch.cat(features) if features else None
-    )
+    logits_MV = _pass(model, cache, [p.input_ids.tolist() for p in prompts], torch.cat(features) if features else None)
     for place in range(max_new_tokens):
         draws = [draw(sampling, prompts[i].identity, place) for i in writing] if sampling.temperature else []
         chosen = next_tokens(logits_MV, model.sizes.tokens, sampling, draws)

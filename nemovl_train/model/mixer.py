@@ -183,8 +183,14 @@ class PackedMambaMixer(MambaMixer):
         projected, parameters = projected.squeeze(1), self._parameters_outside_projections()
         if isinstance(packed_seq_params, cache.CachedParams):
             assert self.layer_number is not None
-            options = {"eps": GATED_NORM_EPS, "layer": self.layer_number, "params": packed_seq_params}
-            inner = cache.mamba_inner(projected, parameters, self.sizes, **options)
+            inner = cache.mamba_inner(
+                projected,
+                parameters,
+                self.sizes,
+                eps=GATED_NORM_EPS,
+                layer=self.layer_number,
+                params=packed_seq_params,
+            )
         elif self.exchanges_heads:
             inner = self._over_heads(projected, parameters, packed_seq_params)
         else:

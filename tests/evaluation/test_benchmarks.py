@@ -36,7 +36,9 @@ def write_image(path: Path, shade: int) -> None:
 def ai2d(root: Path) -> None:
     for name in ("7", "8"):
         about = {"abcLabel": False, "answerTexts": ["ant", "bee", "cow"], "correctAnswer": 1, "questionId": f"q{name}"}
-        write_json(root / "questions" / f"{name}.png.json", {"imageName": f"{name}.png", "questions": {"Which?": about}})
+        write_json(
+            root / "questions" / f"{name}.png.json", {"imageName": f"{name}.png", "questions": {"Which?": about}}
+        )
         write_image(root / "images" / f"{name}.png", int(name))
     (root / "ai2d_test_ids.csv").write_text("7\n")
 
@@ -76,7 +78,12 @@ TABLES = {
     ],
     "docvqa": [{"questionId": "49", "question": "Who?", "question_types": ["form"], "answers": ["Ann", "ann"]}],
     "ocrbench": [
-        {"dataset": "IIIT5K", "question": "what is written?", "question_type": "Regular Text Recognition", "answer": ["STOP"]},
+        {
+            "dataset": "IIIT5K",
+            "question": "what is written?",
+            "question_type": "Regular Text Recognition",
+            "answer": ["STOP"],
+        },
         {"dataset": "HME100k", "question": "formula?", "question_type": "Handwritten", "answer": ["x ^ 2"]},
     ],
 }

@@ -30,7 +30,13 @@ def root(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("eval")
     tokenizer = small_vlm.write_tokenizer(root / "tokenizer")
     export_canonical(
-        small_vlm.weights().items(), small_vlm.CONFIG, root / "hf", kind="vlm", tokenizer=tokenizer, card={}, media=MEDIA
+        small_vlm.weights().items(),
+        small_vlm.CONFIG,
+        root / "hf",
+        kind="vlm",
+        tokenizer=tokenizer,
+        card={},
+        media=MEDIA,
     )
     said = answer_all(root / "hf", [Question(q) for q in QUESTIONS], Decoding(max_new_tokens=6))
     references = ["a", said[1], f"<think>\nwhy\n</think>{said[2][:2]}"]
@@ -73,7 +79,10 @@ def test_loss_is_that_of_the_training_forward(root, capsys):
     row = run(root, "--data", str(root / "words"), "--seq-length", "256", capsys=capsys)["sources"]["words"]
     media = {"tile_size": 64, "max_tiles": 4, "max_frames": 8}
     data = DataConfig(
-        sources={"words": SourceConfig(path=str(root / "words"))}, tokenizer=str(root / "tokenizer"), seq_length=512, **media
+        sources={"words": SourceConfig(path=str(root / "words"))},
+        tokenizer=str(root / "tokenizer"),
+        seq_length=512,
+        **media,
     )
     nats, tokens = 0.0, 0
     with single_process_model(small_vlm.CONFIG, torch.float32) as model, torch.no_grad():
@@ -92,7 +101,10 @@ def test_benchmarks_reasoning_and_draws(root, capsys):
     assert found["think"] is True
     assert set(found["sources"]) == {"docvqa", "ocrbench"}
     ocr_row = found["sources"]["ocrbench"]
-    assert {name: g["samples"] for name, g in ocr_row["groups"].items()} == {"Regular Text Recognition": 1, "HME100k": 1}
+    assert {name: g["samples"] for name, g in ocr_row["groups"].items()} == {
+        "Regular Text Recognition": 1,
+        "HME100k": 1,
+    }
     row = found["sources"]["docvqa"]
     text = "Who?\nAnswer the question using a single word or phrase."
     (root / "7.png").write_bytes((root / "docvqa/documents/7.png").read_bytes())
@@ -117,7 +129,14 @@ def test_samples_that_cannot_be_asked_are_counted(root, capsys, tmp_path, caplog
 
 def test_results_reach_files_and_the_report(root, capsys, tmp_path):
     (tmp_path / "run").mkdir()
-    words = ["--data", str(root / "words"), "--out", str(tmp_path / "out/found.json"), "--report", str(tmp_path / "run")]
+    words = [
+        "--data",
+        str(root / "words"),
+        "--out",
+        str(tmp_path / "out/found.json"),
+        "--report",
+        str(tmp_path / "run"),
+    ]
     found = run(root, *words, "--label", "final", capsys=capsys)
     assert json.loads((tmp_path / "out/found.json").read_text()) == found
     assert json.loads((tmp_path / "run/evaluations/final.json").read_text()) == found
@@ -133,7 +152,11 @@ def test_all_mistakes_are_told_at_once(root, capsys, tmp_path):
     words = ["--data", f"{root / 'words'}:exact", "--benchmark", "docqa=x", "--benchmark", "ai2d=nowhere"]
     assert cli.main(["eval", str(tmp_path / "none"), *words, "--max-samples", "0"]) == 2
     said = capsys.readouterr().err
-    for text in ("none: there is no such folder", "no metric 'exact'; did you mean exact_match?", "did you mean docvqa?"):
+    for text in (
+        "none: there is no such folder",
+        "no metric 'exact'; did you mean exact_match?",
+        "did you mean docvqa?",
+    ):
         assert text in said
     for text in ("there is no folder 'nowhere'; write NAME=DIR", "--max-samples 0: at least 1"):
         assert text in said

@@ -151,7 +151,9 @@ def test_command(folders, image, capsys):
     words = ["generate", str(folders["vlm"]), "--prompt", "what is this?", "--image", str(image)]
     assert cli.main([*words, "--max-new-tokens", "5", "--json", "--system", "a", "--think"]) == 0
     printed = json.loads(capsys.readouterr().out)
-    expected = answer(folders["vlm"], "what is this?", images=[image], system="a", think=True, decoding=Decoding(max_new_tokens=5))
+    expected = answer(
+        folders["vlm"], "what is this?", images=[image], system="a", think=True, decoding=Decoding(max_new_tokens=5)
+    )
     assert printed == {"prompt": "what is this?", "answer": expected}
     image.write_bytes(image.read_bytes()[:60])
     assert cli.main(words) == 2
