@@ -1,13 +1,12 @@
 """Public benchmarks from local copies, in the file layouts they are published in: no network, no conversion.
 
-| name | original layout | as parquet (columns) | metric |
-|---|---|---|---|
-| ai2d | `questions/*.json`, `images/` (AllenAI; an `ai2d_test_ids.csv` beside them limits it to the test images) | question, options, answer, image | multiple_choice |
-| chartqa | `test/test_human.json`, `test/test_augmented.json`, `test/png/` (vis-nlp) | question or query, answer or label, type or human_or_machine, image | relaxed_accuracy |
-| docvqa | `val_v1.0*.json` with `data`, `documents/` (RRC challenge 17) | questionId, question, answers, question_types, image | anls |
-| ocrbench | `OCRBench.json`, images by `image_path` below `OCRBench_Images/` (Yuliang-Liu) | dataset, question, question_type, answer, image | ocrbench |
+    ai2d      AllenAI's `questions/*.json` and `images/`; `ai2d_test_ids.csv` limits it to the test images
+    chartqa   vis-nlp's `test/test_human.json`, `test/test_augmented.json` and `test/png/`
+    docvqa    `val_v1.0*.json` of RRC challenge 17, and `documents/`
+    ocrbench  Yuliang-Liu's `OCRBench.json`, with images below `OCRBench_Images/`
 
-Parquet is what `datasets` writes: `image` is a struct of `bytes` and `path`. Prompts are those of lmms-eval's tasks.
+Or, for each, Parquet as `datasets` writes it, whose `image` is a struct of `bytes` and `path`; the functions named
+`..._of_row` say which columns. Prompts are those of lmms-eval's tasks.
 """
 
 from __future__ import annotations
@@ -163,7 +162,7 @@ def _ai2d(folder: Path) -> Iterator[BenchmarkQuestion]:
         yield from _entries(path, list(document.get("questions", {}).items()), question)
 
 
-def _ai2d_row(row: Mapping[str, Any], key: str) -> BenchmarkQuestion:
+def _ai2d_of_row(row: Mapping[str, Any], key: str) -> BenchmarkQuestion:
     letter = chr(ord("A") + int(row["answer"]))
     return BenchmarkQuestion(key, _choices(row["question"], row["options"]), _image(row), (letter,))
 
@@ -181,7 +180,7 @@ def _chartqa(folder: Path) -> Iterator[BenchmarkQuestion]:
         yield from _entries(path, _json(path), question)
 
 
-def _chartqa_row(row: Mapping[str, Any], key: str) -> BenchmarkQuestion:
+def _chartqa_of_row(row: Mapping[str, Any], key: str) -> BenchmarkQuestion:
     question = row["question"] if "question" in row else row["query"]
     answer = row["answer"] if "answer" in row else row["label"]
     kind = row.get("type", row.get("human_or_machine"))
@@ -203,7 +202,7 @@ def _docvqa(folder: Path) -> Iterator[BenchmarkQuestion]:
     yield from _entries(files[0], _json(files[0]).get("data"), question)
 
 
-def _docvqa_row(row: Mapping[str, Any], key: str) -> BenchmarkQuestion:
+def _docvqa_of_row(row: Mapping[str, Any], key: str) -> BenchmarkQuestion:
     if row["answers"] is None:
         raise ValueError("it has no answers: this is the test split, whose answers are not public; take validation")
     group = (row.get("question_types") or [""])[0]
@@ -228,7 +227,7 @@ def _ocrbench(folder: Path) -> Iterator[BenchmarkQuestion]:
     yield from _entries(path, _json(path), question)
 
 
-def _ocrbench_row(row: Mapping[str, Any], key: str) -> BenchmarkQuestion:
+def _ocrbench_of_row(row: Mapping[str, Any], key: str) -> BenchmarkQuestion:
     group = _HANDWRITTEN_FORMULAS if row["dataset"] == _HANDWRITTEN_FORMULAS else row["question_type"]
     return BenchmarkQuestion(key, row["question"], _image(row), _texts(row["answer"]), group)
 
@@ -240,10 +239,8 @@ _READERS: dict[
         Callable[[Mapping[str, Any], str], BenchmarkQuestion],
     ],
 ] = {
-    "ai2d": (_ai2d, _ai2d_row),
-    "chartqa": (_chartqa, _chartqa_row),
-    "docvqa": (_docvqa, _docvqa_row),
-    "ocrbench": (_ocrbench, _ocrbench_row),
+    "ai2d": (_ai2d, _ai2d_of_row),
+    "chartqa": (_chartqa, _chartqa_of_row),
+    "docvqa": (_docvqa, _docvqa_of_row),
+    "ocrbench": (_ocrbench, _ocrbench_of_row),
 }
-BENCHMARKS = {"ai2d": "multiple_choice", "chartqa": "relaxed_accuracy", "docvqa": "anls", "ocrbench": "ocrbench"}
-"""Names, and the metric that each is published with."""

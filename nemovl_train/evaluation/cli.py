@@ -5,18 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nemovl_train.config.nearest import did_you_mean
 from nemovl_train.evaluation.metrics import METRICS
+from nemovl_train.evaluation.sets import BENCHMARKS, HeldoutSet
 from nemovl_train.exceptions import UserError
 from nemovl_train.exit_codes import ExitCode
 from nemovl_train.inference.cli import add_decoding_arguments, decoding
-
-if TYPE_CHECKING:
-    from nemovl_train.evaluation.exported import HeldoutSet
-
-BENCHMARK_NAMES = ("ai2d", "chartqa", "docvqa", "ocrbench")
 
 
 def add_eval_command(subparsers: Any) -> None:
@@ -40,7 +36,7 @@ def add_eval_command(subparsers: Any) -> None:
         action="append",
         default=[],
         metavar="NAME=DIR",
-        help=f"local copy of a public benchmark ({', '.join(BENCHMARK_NAMES)}); may be repeated",
+        help=f"local copy of a public benchmark ({', '.join(BENCHMARKS)}); may be repeated",
     )
     parser.add_argument("--max-samples", type=int, help="most questions of each set (default: all)")
     parser.add_argument("--seq-length", type=int, default=16384, help="pack length for the loss (default: %(default)s)")
@@ -75,8 +71,6 @@ def _eval(args: argparse.Namespace) -> int:
 
 def _asked_for(args: argparse.Namespace) -> tuple[list[HeldoutSet], list[tuple[str, Path]]]:
     """Sets and benchmarks, or every problem of the command line at once."""
-    from nemovl_train.evaluation.exported import HeldoutSet
-
     problems = [f"{args.folder}: there is no such folder"] if not args.folder.is_dir() else []
     if args.report and not args.report.is_dir():
         problems.append(f"--report {args.report}: there is no such run folder")
@@ -99,8 +93,8 @@ def _asked_for(args: argparse.Namespace) -> tuple[list[HeldoutSet], list[tuple[s
     benchmarks = []
     for text in args.benchmark:
         name, _, path = text.partition("=")
-        if name not in BENCHMARK_NAMES:
-            problems.append(f"--benchmark {text}: no benchmark {name!r}{did_you_mean(name, BENCHMARK_NAMES)}")
+        if name not in BENCHMARKS:
+            problems.append(f"--benchmark {text}: no benchmark {name!r}{did_you_mean(name, BENCHMARKS)}")
         elif not Path(path).is_dir():
             problems.append(f"--benchmark {text}: there is no folder {path!r}; write NAME=DIR")
         benchmarks.append((name, Path(path)))

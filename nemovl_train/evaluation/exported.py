@@ -1,6 +1,7 @@
 """Evaluation of an exported folder: what `nemovl eval` runs.
 
-    from nemovl_train.evaluation.exported import HeldoutSet, evaluate
+    from nemovl_train.evaluation.exported import evaluate
+    from nemovl_train.evaluation.sets import HeldoutSet
 
     evaluate(Path("runs/tiny/hf"), sets=[HeldoutSet("digits", "runs/tiny/data/digits_read", ("exact_match",))])
 
@@ -23,9 +24,10 @@ from data_pipelines.config import DataConfig, SourceConfig
 from data_pipelines.dataset import Dataset
 from data_pipelines.schema import content_items
 from nemovl_train.config.schema import EvalConfig, RunConfig
-from nemovl_train.evaluation.benchmarks import BENCHMARKS, BenchmarkQuestion, ocrbench, read_benchmark
+from nemovl_train.evaluation.benchmarks import BenchmarkQuestion, ocrbench, read_benchmark
 from nemovl_train.evaluation.metrics import METRICS, scored_answer
 from nemovl_train.evaluation.run import score_source
+from nemovl_train.evaluation.sets import BENCHMARKS, HeldoutSet
 from nemovl_train.exceptions import DataError
 from nemovl_train.inference.answer import Asked, Decoding, ExportedModel
 from nemovl_train.model.vlm import NemotronVL
@@ -38,23 +40,6 @@ ALL = 2**31
 """More questions than a set has."""
 MAX_SHOWN = 200
 """Most answers of a set that are kept in the results."""
-
-
-@dataclass(frozen=True)
-class HeldoutSet:
-    """A dataset folder to answer from.
-
-    Attributes:
-        name: Name in the results.
-        path: Dataset folder.
-        metrics: Names of `METRICS`.
-        split: Split to read.
-    """
-
-    name: str
-    path: str
-    metrics: tuple[str, ...] = ("exact_match",)
-    split: str = "heldout"
 
 
 @dataclass(frozen=True)

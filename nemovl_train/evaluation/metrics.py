@@ -5,7 +5,7 @@ All take the answer as written and a list of acceptable references, and give a n
 
 | metric | definition |
 |---|---|
-| exact_match | equal after SQuAD's normalisation: lower case, no articles, no punctuation, single spaces (arXiv 1606.05250) |
+| exact_match | equal after SQuAD's normalisation: lower case, no articles or punctuation (arXiv 1606.05250) |
 | strict_match | equal but for space at the ends |
 | anls | average normalised Levenshtein similarity, 0 below 0.5 (Biten et al., ICCV 2019) |
 | relaxed_accuracy | numbers within 5% of the reference, other answers equal (ChartQA, arXiv 2203.10244; PlotQA) |

@@ -231,7 +231,7 @@ def _record(question: Question, folder: Path, with_vision: bool) -> tuple[dict[s
     media: dict[str, bytes] = {}
     for number, (kind, path) in enumerate(paths):
         member = f"{kind}{number}"
-        media[member], metadata = _read_medium(kind, path)
+        media[member], metadata = read_medium(kind, path)
         items.append({"type": kind, kind: member, "metadata": metadata})
     # The switch is taken out of the text again, so the system block is the caller's.
     system = question.system + ("/think" if question.think else "")
@@ -240,8 +240,16 @@ def _record(question: Question, folder: Path, with_vision: bool) -> tuple[dict[s
     return {"id": "question", "messages": messages}, media
 
 
-def _read_medium(kind: str, path: Path) -> tuple[bytes, dict[str, Any]]:
-    """Bytes of a file that decodes, and what a record says about it. Errors name the file."""
+def read_medium(kind: str, path: Path) -> tuple[bytes, dict[str, Any]]:
+    """Bytes of a file that decodes, and what a record says about it.
+
+    Args:
+        kind: `image` or `video`.
+        path: The file.
+
+    Raises:
+        DataError: It cannot be read; it is named.
+    """
     try:
         data = path.read_bytes()
         if kind == "image":

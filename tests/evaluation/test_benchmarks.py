@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from nemovl_train.evaluation.benchmarks import BENCHMARKS, BenchmarkQuestion, ocrbench, read_benchmark
-from nemovl_train.evaluation.cli import BENCHMARK_NAMES
+from nemovl_train.evaluation.benchmarks import BenchmarkQuestion, ocrbench, read_benchmark
+from nemovl_train.evaluation.sets import BENCHMARKS
 from nemovl_train.exceptions import DataError
 
 SHORT = "\nAnswer the question using a single word or phrase."
@@ -118,10 +118,6 @@ def test_both_layouts_give_the_same_questions(name, tmp_path):
         assert seen(found) == EXPECTED[name]
         assert [q.image for q in found] == [png(7 + i) for i in range(len(found))]
         assert len({q.key for q in found}) == len(found)
-
-
-def test_names_of_the_command_are_those_of_the_readers():
-    assert tuple(BENCHMARKS) == BENCHMARK_NAMES == tuple(ORIGINAL)
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
