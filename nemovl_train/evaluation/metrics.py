@@ -7,7 +7,7 @@ All take the answer as written and a list of acceptable references, and give a n
 |---|---|
 | exact_match | equal after SQuAD's normalisation: lower case, no articles or punctuation (arXiv 1606.05250) |
 | strict_match | equal but for space at the ends |
-| anls | average normalised Levenshtein similarity, 0 below 0.5 (Biten et al., ICCV 2019) |
+| anls | normalised Levenshtein similarity, 0 where half of the text or more differs (Biten et al., ICCV 2019) |
 | relaxed_accuracy | numbers within 5% of the reference, other answers equal (ChartQA, arXiv 2203.10244; PlotQA) |
 | token_f1 | harmonic mean of precision and recall over SQuAD's words (arXiv 1606.05250) |
 | edit_similarity | 1 - Levenshtein distance / length of the longer text (as OmniDocBench, arXiv 2412.07626) |
@@ -61,9 +61,9 @@ def token_f1(answer: str, references: Sequence[str]) -> float:
 
 
 def anls(answer: str, references: Sequence[str]) -> float:
-    """Similarity to the nearest reference, case and outer space aside; 0 where that is below 0.5."""
+    """Similarity to the nearest reference, case and space aside; 0 where the distance is half of the length or more."""
     best = max((_similarity(_spaced(answer), _spaced(reference)) for reference in references), default=0.0)
-    return best if best >= ANLS_THRESHOLD else 0.0
+    return best if 1 - best < ANLS_THRESHOLD else 0.0
 
 
 def edit_similarity(answer: str, references: Sequence[str]) -> float:

@@ -36,6 +36,7 @@ class Stage:
         parent: Checkpoint whose weights it started from.
         rows: Lines of `metrics.jsonl`.
         events: Lines of `events.jsonl`.
+        validations: Lines of `validation.jsonl`, the held-out loss while training.
         evaluation: `evaluation.json`, empty when missing.
         predictions: `predictions.json`, empty when missing.
         config: `config.yaml`, empty when missing.
@@ -50,6 +51,7 @@ class Stage:
     parent: str
     rows: list[dict[str, Any]]
     events: list[dict[str, Any]]
+    validations: list[dict[str, Any]]
     evaluation: dict[str, Any]
     predictions: list[dict[str, Any]]
     config: dict[str, Any]
@@ -215,6 +217,7 @@ def _read_stage(reader: Reader, folder: Path, entry: dict[str, Any]) -> Stage:
         parent=str(entry.get("parent") or (parents[-1] if parents else "")),
         rows=rows,
         events=events,
+        validations=reader.lines(folder / "validation.jsonl"),
         evaluation=reader.json(folder / "evaluation.json", dict),
         predictions=[p for p in predictions if isinstance(p, dict)],
         config=reader.yaml(folder / "config.yaml"),

@@ -10,6 +10,7 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -119,8 +120,14 @@ def _charts(stages: Sequence[Stage], summaries: Sequence[StageSummary]) -> dict[
     def lines(key: str) -> list[Line]:
         return _lines(stages, summaries, key)
 
+    validated = [replace(stage, rows=stage.validations) for stage in stages]
     return {
         "loss": _losses(stages, summaries, log=False),
+        "validation": (
+            line_chart(_lines(validated, summaries, "loss"), title="Held-out loss while training", averaged=False)
+            if any(stage.validations for stage in stages)
+            else Markup()
+        ),
         "loss_log": _losses(stages, summaries, log=True),
         "lr": line_chart(lines("lr"), title="Learning rate", bounds=(0.0, None), averaged=False),
         "grad_norm": line_chart(lines("grad_norm"), title="Gradient norm (log)", log=True),

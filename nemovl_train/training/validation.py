@@ -49,7 +49,8 @@ class Validation:
             return
         trainer.optimizers.collect_weights()
         scores = _scores(trainer)
-        loss = mean_loss(scores)
+        # One rank decides for all: what follows is collective.
+        loss = on_first_rank(lambda: mean_loss(scores))
         improved = loss < trainer.state.best_loss
         if improved:
             trainer.state.best_loss, trainer.state.best_step, trainer.state.stale_validations = loss, step, 0

@@ -19,8 +19,8 @@ CASES = {
     "anls": [
         ("0123456789", ["0123456780"], 0.9),
         ("COCA cola", ["coca  COLA"], 1.0),
-        ("ab", ["ac"], 0.5),  # exactly at the threshold, which counts
-        ("abc", ["xyc"], 0.0),  # 1/3 is below it
+        ("ab", ["ac"], 0.0),  # exactly half differs, which is too much
+        ("abc", ["abx"], 2 / 3),
         ("kitten", ["sitting"], 1 - 3 / 7),
         ("kitten", ["sitting", "mitten"], 1 - 1 / 6),
         ("", ["x"], 0.0),
