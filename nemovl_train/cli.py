@@ -162,39 +162,15 @@ def _add_launch(subparsers: Subparsers) -> None:
 
 
 def _add_generate(subparsers: Subparsers) -> None:
-    parser = subparsers.add_parser("generate", help="answer a question about an image or a video")
-    parser.add_argument("folder", type=Path, help="exported Hugging Face folder, such as runs/tiny/hf")
-    parser.add_argument("--prompt", required=True, help="the question; images and videos come before it")
-    parser.add_argument("--image", type=Path, action="append", default=[], help="image file; may be repeated")
-    parser.add_argument("--video", type=Path, action="append", default=[], help="video file; may be repeated")
-    parser.add_argument("--system", default="", help="system text (default: empty)")
-    parser.add_argument("--think", action="store_true", help="turn reasoning on, as /think in a text does")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
-    parser.set_defaults(run=_generate)
+    from nemovl_train.inference.cli import add_generate_command
+
+    add_generate_command(subparsers)
 
 
-def _generate(args: argparse.Namespace) -> int:
-    if args.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens {args.max_new_tokens}: at least 1")
-    for path in [args.folder, *args.image, *args.video]:
-        if not path.exists():
-            raise UserError(f"{path}: there is no such file or folder")
-    from nemovl_train.console import setup_logging
-    from nemovl_train.inference.answer import answer
+def _add_eval(subparsers: Subparsers) -> None:
+    from nemovl_train.evaluation.cli import add_eval_command
 
-    setup_logging()
-    text = answer(
-        args.folder,
-        args.prompt,
-        images=args.image,
-        videos=args.video,
-        system=args.system,
-        think=args.think,
-        max_new_tokens=args.max_new_tokens,
-    )
-    print(json.dumps({"prompt": args.prompt, "answer": text}) if args.json else text)
-    return ExitCode.OK
+    add_eval_command(subparsers)
 
 
 def _add_report(subparsers: Subparsers) -> None:
@@ -235,7 +211,8 @@ VERBS: dict[str, tuple[str, Callable[[Subparsers], None] | None]] = {
     "data": ("make and look at datasets", _add_data),
     "convert": ("to and from Hugging Face folders", _add_convert),
     "launch": ("the same run on several processes", _add_launch),
-    "generate": ("answer a question about an image or a video", _add_generate),
+    "generate": ("answer questions about images and videos", _add_generate),
+    "eval": ("score an exported model on held-out sets and benchmarks", _add_eval),
     "report": ("a run's self-contained report.html", _add_report),
     "doctor": ("check this machine and installation", _add_doctor),
 }

@@ -46,7 +46,7 @@ def test_help_names_every_verb_and_the_exit_codes(capsys):
              *(["data", verb] for verb in ("import", "validate", "stats", "show", "dedup", "export")),
              *(["data", verb] for verb in ("frames", "render-pdf")),
              ["data", "quarantine", "restore"], ["convert", "export"],
-             ["launch", "torchrun"], ["generate"], ["report"], ["doctor"], ["plan"]],
+             ["launch", "torchrun"], ["generate"], ["eval"], ["report"], ["doctor"], ["plan"]],
     ids=" ".join,
 )  # fmt: skip
 def test_every_verb_has_help(capsys, argv: list[str]):
@@ -61,7 +61,7 @@ def test_help_and_config_errors_import_no_torch():
         "from nemovl_train.cli import main\n"
         "for argv in (['--help'], ['data', '--help'], ['data', 'import', '--help'], ['data', 'show', '--help'],"
         " ['convert', '--help'], ['launch', '--help'], ['recipes', 'list'],"
-        " ['generate', '--help'],"
+        " ['generate', '--help'], ['eval', '--help'], ['eval', 'nowhere'],"
         " ['train', 'recipe=tiny/stage1_sft_16k', 'optm.lr=1'], ['schedule', 'recipe=tiny/schedule', 'stages=[]'],"
         " ['launch', 'torchrun', 'recipe=tiny/stage1_sft_16k', '--nproc', '2', '--dry-run'],"
         " ['plan', 'recipe=nano_12b_v2_vl/schedule'], ['plan', '--calibration']):\n"

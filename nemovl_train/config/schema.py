@@ -248,7 +248,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """Held-out evaluation at the end of a stage.
+    """Held-out evaluation at the end of a stage and, where asked for, while it trains.
 
     Attributes:
         sources: Dataset folders by name; split `split` of each is read once.
@@ -256,6 +256,10 @@ class EvalConfig:
         seq_length: Tokens of an evaluation pack; longer samples are left out and counted.
         max_samples: Most samples of each source.
         predictions: Greedy answers written out per source, for the report.
+        every_steps: Steps between two measurements of the held-out loss while training; 0 measures none. It is the mean
+            over the sources, each counting alike.
+        keep_best: Keep the weights of the lowest such loss in the stage's folder `best`.
+        patience: End the stage after so many measurements in a row without a lower loss; 0 never does.
     """
 
     sources: dict[str, str] = field(default_factory=dict)
@@ -263,6 +267,9 @@ class EvalConfig:
     seq_length: int = 16384
     max_samples: int = 200
     predictions: int = 4
+    every_steps: int = 0
+    keep_best: bool = False
+    patience: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 from data_pipelines.config import LOSS_MODES, LOSS_UNITS, PACKING_MODES
 from nemovl_train.config.nearest import did_you_mean, nearest_multiples
-from nemovl_train.config.schema import PARTS, RunConfig, RunSection, ScheduleConfig, VisionConfig
+from nemovl_train.config.schema import PARTS, EvalConfig, RunConfig, RunSection, ScheduleConfig, VisionConfig
 from nemovl_train.parallel.legality import layout_problems
 
 ACTIVATIONS = ("squared_relu", "swiglu")
@@ -325,12 +325,28 @@ def _rest(config: RunConfig) -> Iterator[str]:
     yield from _at_least("checkpoint.keep_last", config.checkpoint.keep_last, 1)
     yield from _at_least("evaluation.max_samples", config.evaluation.max_samples, 1)
     yield from _at_least("evaluation.predictions", config.evaluation.predictions, 0)
+    yield from _validation(config.evaluation)
     if not config.evaluation.split:
         yield "evaluation.split is empty; give the name of the held-out split"
     for name, path in config.evaluation.sources.items():
         if not path:
             yield f"evaluation.sources.{name} is empty; give the dataset folder"
     yield from _at_least("logging.every_steps", config.logging.every_steps, 1)
+
+
+def _validation(options: EvalConfig) -> Iterator[str]:
+    for key in ("every_steps", "patience"):
+        yield from _at_least(f"evaluation.{key}", getattr(options, key), 0)
+    for key in ("keep_best", "patience"):
+        value = getattr(options, key)
+        if value and not options.every_steps:
+            shown = str(value).lower()
+            yield f"evaluation.{key}={shown} needs a held-out loss while training; set evaluation.every_steps=100"
+    if options.every_steps and not options.sources:
+        yield (
+            f"evaluation.every_steps={options.every_steps}: evaluation.sources is empty; "
+            "add +evaluation.sources.NAME=FOLDER, or set evaluation.every_steps=0"
+        )
 
 
 def _layout(config: RunConfig) -> Iterator[str]:

@@ -14,6 +14,7 @@ from nemovl_train.config.dump import config_diff, config_hash, dump_yaml, load_y
 from nemovl_train.config.schema import RunConfig
 from nemovl_train.exceptions import CheckpointError, ConfigError
 from nemovl_train.parallel.agree import on_first_rank
+from nemovl_train.training.validation import stopped_at
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +50,9 @@ class StageFolder:
 
     @property
     def last_checkpoint(self) -> Path:
-        """The checkpoint that a finished stage has."""
-        return sealed.step_folder(self.checkpoints, self.config.trainer.steps)
+        """The checkpoint that a finished stage has: of its last step, or of the one at which it ended early."""
+        ended = stopped_at(self.path)
+        return sealed.step_folder(self.checkpoints, self.config.trainer.steps if ended is None else ended)
 
     def claim(self) -> None:
         """Create the folder, or recognise it as this run's and tidy it. Collective.

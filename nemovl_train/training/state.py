@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from nemovl_train.exceptions import CheckpointError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass
@@ -23,6 +24,9 @@ class TrainState:
         tokens_supervised: Tokens that carried loss so far.
         tokens_visual: Image tokens so far.
         bad_steps: Steps that changed nothing because loss or gradient norm was not finite.
+        best_loss: Lowest held-out loss that was measured while training; infinite before the first measurement.
+        best_step: Step of that measurement.
+        stale_validations: Measurements since then.
         seed: Seed of the run.
         plan_hash: Identity of the data order; a resumed run must reproduce it.
         config_hash: Identity of the options that decide the result.
@@ -35,6 +39,9 @@ class TrainState:
     tokens_supervised: int = 0
     tokens_visual: int = 0
     bad_steps: int = 0
+    best_loss: float = math.inf
+    best_step: int = 0
+    stale_validations: int = 0
     seed: int = 0
     plan_hash: str = ""
     config_hash: str = ""
@@ -42,7 +49,9 @@ class TrainState:
 
     def to_json(self) -> dict[str, Any]:
         """The state as a JSON object with its format version."""
-        return {"format_version": FORMAT_VERSION, **asdict(self)}
+        # JSON has no infinity.
+        best = self.best_loss if math.isfinite(self.best_loss) else None
+        return {"format_version": FORMAT_VERSION, **asdict(self), "best_loss": best}
 
     @classmethod
     def from_json(cls, data: dict[str, Any], where: Path) -> TrainState:
@@ -59,7 +68,8 @@ class TrainState:
         expected = {f.name for f in fields(cls)}
         if set(values) != expected:
             raise CheckpointError(f"{where}: fields {sorted(set(values) ^ expected)} are missing or unknown")
-        return cls(**values)
+        best = values.pop("best_loss")
+        return cls(**values, best_loss=math.inf if best is None else best)
 
 
 def read_state(folder: Path) -> TrainState:

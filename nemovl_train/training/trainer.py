@@ -30,6 +30,7 @@ from nemovl_train.training.signals import StopRequest
 from nemovl_train.training.state import TrainState
 from nemovl_train.training.step import StepResult, forward_backward, train_step
 from nemovl_train.training.token_ids import refuse_other_ids
+from nemovl_train.training.validation import Validation
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +100,7 @@ class Trainer:
             self._restore(resumed_from)
         self.stream = self._open_stream()
         on_first_rank(lambda: refuse_unreadable_sets(config))
+        self.validation = Validation(self)
         self.step_keys: tuple[str, ...] = ()
         self.callbacks: list[Callback] = []
         on_first_rank(self._add_callbacks)
@@ -117,7 +119,7 @@ class Trainer:
                 closing.callback(callback.close)
             with StopRequest(self.layout) as stop:
                 self._call("on_start")
-                while self.state.step < total:
+                while not self._has_ended():
                     packs, data_seconds = self._next_packs()
                     if self.state.step == 0:
                         self._dry_batch(packs)
@@ -129,12 +131,17 @@ class Trainer:
                     for callback in self.callbacks:
                         callback.on_step(self, result, lr=lr, data_seconds=data_seconds)
                     self._stop_if_too_many_bad_steps()
-                    stopping = stop.agreed()
-                    if self.state.step % every == 0 or self.state.step == total or stopping:
+                    self.validation.after_step(self)
+                    stopping, ended = stop.agreed(), self._has_ended()
+                    if self.state.step % every == 0 or ended or stopping:
                         self.save()
-                    if stopping and self.state.step < total:
+                    if stopping and not ended:
                         return self._requeue()
                 return self._finish(stop)
+
+    def _has_ended(self) -> bool:
+        """All steps are taken, or the held-out loss says that more would not help."""
+        return self.state.step >= self.config.trainer.steps or self.validation.exhausted(self.state)
 
     def save(self) -> None:
         """Publish a checkpoint of this step and drop the oldest ones. Collective."""
@@ -230,6 +237,10 @@ class Trainer:
         return ExitCode.REQUEUE
 
     def _finish(self, stop: StopRequest) -> ExitCode:
+        if self.state.step < self.config.trainer.steps:
+            best = f"held-out loss was best at step {self.state.best_step}"
+            log.info("%s: ending at step %d, the %s", self.folder.path, self.state.step, best)
+            self.validation.note_end(self.state)
         if self.config.evaluation.sources:
             log.info("%s: evaluating %d held-out sets", self.folder.path, len(self.config.evaluation.sources))
         self.optimizers.collect_weights()

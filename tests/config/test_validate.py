@@ -72,6 +72,9 @@ def changed(config, key: str, value):
         ("data.cost.visual_token", -0.1, "at least 0"),
         ("evaluation.max_samples", 0, "at least 1"),
         ("evaluation.seq_length", 100, "nearest: 96 or 128"),
+        ("evaluation.every_steps", -1, "at least 0"),
+        ("evaluation.keep_best", True, "evaluation.keep_best=true needs a held-out loss while training"),
+        ("evaluation.patience", 3, "set evaluation.every_steps=100"),
         ("evaluation.sources", {"x": ""}, "evaluation.sources.x is empty"),
         ("logging.every_steps", 0, "at least 1"),
         ("cluster.gpu", "h100", "did you mean h100_80gb?"),
@@ -162,3 +165,10 @@ def test_the_12b_file_equals_the_schema_defaults():
     pattern = config.model.language.hybrid_pattern
     assert (pattern.count("M"), pattern.count("-"), pattern.count("*"), len(pattern)) == (28, 28, 6, 62)
     assert [i for i, kind in enumerate(pattern) if kind == "*"] == [7, 16, 25, 34, 43, 52]
+
+
+def test_a_heldout_loss_while_training_needs_sets(base: RunConfig):
+    without = replace(base.evaluation, sources={}, every_steps=10)
+    (problem,) = validate_run(replace(base, evaluation=without))
+    assert "evaluation.every_steps=10: evaluation.sources is empty" in problem
+    assert not validate_run(replace(base, evaluation=replace(base.evaluation, every_steps=10, patience=2)))
