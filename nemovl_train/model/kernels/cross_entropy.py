@@ -18,7 +18,7 @@ _WARPS = 8
 
 
 @triton.jit
-def _statistics_kernel(logits, local, out, rows, stride, columns: tl.constexpr, BLOCK: tl.constexpr):
+def _statistics_kernel(logits, local, out, rows, stride, columns: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     start = logits + row * stride
     lanes = tl.arange(0, BLOCK)
@@ -41,7 +41,7 @@ def _statistics_kernel(logits, local, out, rows, stride, columns: tl.constexpr, 
 
 
 @triton.jit
-def _gradient_kernel(logits, local, log_sum, grad, stride, columns: tl.constexpr, BLOCK: tl.constexpr):
+def _gradient_kernel(logits, local, log_sum, grad, stride, columns: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     place = logits + row * stride + column
