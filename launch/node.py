@@ -93,6 +93,10 @@ def run_node(job: NodeJob, program: Sequence[str], *, caches: Path | None = None
     with tempfile.TemporaryDirectory(prefix="nemovl-node-") as folder:
         exit_file = Path(folder) / "exit_code"
         environment = {**_cache_variables(caches, os.environ), **os.environ, EXIT_FILE: str(exit_file)}
+        # An agent tells the others once where its store is, and one that comes back in a later round waits for it in
+        # vain (torch 2.11, `dynamic_rendezvous.py`). Without the shared store every round says it again.
+        if job.nnodes > 1 and job.max_restarts:
+            environment.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
         # A session of its own: Ctrl-C in a terminal reaches this process alone, which passes it on.
         child = subprocess.Popen(job.command(program), env=environment, start_new_session=True)
         stop = _Forwarder(child)

@@ -214,6 +214,12 @@ def _report(args: argparse.Namespace) -> int:
     return ExitCode.OK
 
 
+def _add_simulate(subparsers: Subparsers) -> None:
+    from nemovl_train.schedule.simulate_cli import add_simulate_command
+
+    add_simulate_command(subparsers)
+
+
 def _add_doctor(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser("doctor", help="check this machine and installation")
     parser.add_argument("--folder", type=Path, default=Path("runs"), help="where runs go (default: %(default)s)")
@@ -231,6 +237,7 @@ VERBS: dict[str, tuple[str, Callable[[Subparsers], None] | None]] = {
     "train": ("one stage or fine-tune: nemovl train recipe=NAME [key=value ...]", None),
     "schedule": ("a chain of stages; continues where it stopped", None),
     "plan": ("before a launch: does it fit, how long does it take, what does it cost", None),
+    "simulate": ("a schedule on paper: data, steps, failures, time to finish", _add_simulate),
     "recipes": ("list, show and copy what is shipped", _add_recipes),
     "data": ("make and look at datasets", _add_data),
     "convert": ("to and from Hugging Face folders", _add_convert),

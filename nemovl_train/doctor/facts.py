@@ -72,11 +72,12 @@ def node_name() -> str:
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-def collect_facts(folder: Path) -> NodeFacts:
+def collect_facts(folder: Path, *, write_bytes: int = WRITE_BYTES) -> NodeFacts:
     """Ask this node; what cannot be found out becomes a problem, not an error.
 
     Args:
         folder: Where the run will write.
+        write_bytes: Size of the file that is written there and removed.
     """
     facts = NodeFacts(node=node_name(), versions=_versions())
     facts.open_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -89,7 +90,7 @@ def collect_facts(folder: Path) -> NodeFacts:
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             facts.problems.append(f"nvidia-smi does not answer: {error}")
     try:
-        facts.write_rate = write_rate(folder, facts.node)
+        facts.write_rate = write_rate(folder, facts.node, write_bytes)
     except OSError as error:
         facts.problems.append(f"cannot write to {folder}: {error.strerror or error}")
     return facts
@@ -129,7 +130,7 @@ def parse_links(text: str) -> dict[str, int]:
     return found
 
 
-def write_rate(folder: Path, name: str, size: int = WRITE_BYTES) -> float:
+def write_rate(folder: Path, name: str, size: int) -> float:
     """Bytes a second of one large file, until it is on the disk; the file is removed."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f".doctor.{name}.{os.getpid()}"

@@ -25,6 +25,7 @@ ANSWER_SECONDS = 300
 COLLECTIVE_SECONDS = 120
 _GPU_BYTES, _CPU_BYTES = 256 * 2**20, 4 * 2**20
 _ROUNDS = 5
+_LEAVE_SECONDS = 30
 _PINGS = 5
 
 
@@ -74,7 +75,9 @@ class _Preflight:
                 self.store.set(f"rates/{self.node}", json.dumps(asdict(facts)))
             everyone, missing = self._hear("rates")
         if self.rank:
-            return int(self.store.get("verdict"))
+            code = int(self.store.get("verdict"))
+            self.store.add("left", 1)
+            return code
         bad = judge(everyone, missing)
         print(as_text(everyone, bad), file=sys.stderr, flush=True)
         (self.folder / "preflight.json").write_text(json.dumps(as_document(everyone, bad), indent=1), encoding="utf-8")
@@ -82,7 +85,7 @@ class _Preflight:
             _add(self.exclude_file, bad)
         code = ExitCode.FAILED if bad else ExitCode.OK
         self.store.set("verdict", str(int(code)))
-        self._wait_for_readers()
+        self._wait_for_readers(self.world - 1 - self.local_world * len(missing))
         return code
 
     def _hear(self, key: str) -> tuple[list[NodeFacts], list[str]]:
@@ -163,9 +166,11 @@ class _Preflight:
         # The first round sets up connections. Bus bandwidth, as nccl-tests counts it.
         return 2 * (ranks - 1) / ranks * size / min(seconds[1:])
 
-    def _wait_for_readers(self) -> None:
-        """The store may live in this process's launcher: leave after the others have the verdict."""
-        time.sleep(1.0 if self.world > 1 else 0.0)
+    def _wait_for_readers(self, readers: int) -> None:
+        """The store may live in this process: leave after the others have the verdict, or have had time for it."""
+        deadline = time.monotonic() + _LEAVE_SECONDS
+        while self.store.add("left", 0) < readers and time.monotonic() < deadline:
+            time.sleep(0.05)
 
 
 def neighbour_pairs(nodes: int) -> list[list[tuple[int, int]]]:
