@@ -214,6 +214,23 @@ def _report(args: argparse.Namespace) -> int:
     return ExitCode.OK
 
 
+def _add_watch(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser("watch", help="what a run is doing now")
+    parser.add_argument("run_dir", type=Path, help="run folder, such as runs/tiny")
+    parser.add_argument("--every", type=float, default=2.0, help="seconds between two looks (default: %(default)s)")
+    parser.add_argument("--once", action="store_true", help="print one view and return")
+    parser.add_argument("--json", action="store_true", help="print one JSON document and return")
+    parser.set_defaults(run=_watch)
+
+
+def _watch(args: argparse.Namespace) -> int:
+    if not args.every > 0:
+        raise UserError(f"--every {args.every}: above 0 seconds")
+    from nemovl_train.report.watch import watch
+
+    return watch(args.run_dir, every=args.every, once=args.once, as_json=args.json)
+
+
 def _add_simulate(subparsers: Subparsers) -> None:
     from nemovl_train.schedule.simulate_cli import add_simulate_command
 
@@ -243,6 +260,7 @@ VERBS: dict[str, tuple[str, Callable[[Subparsers], None] | None]] = {
     "convert": ("to and from Hugging Face folders", _add_convert),
     "launch": ("the same run on several processes", _add_launch),
     "generate": ("answer a question about an image or a video", _add_generate),
+    "watch": ("what a run is doing now, in the terminal", _add_watch),
     "report": ("a run's self-contained report.html", _add_report),
     "doctor": ("check this machine and installation", _add_doctor),
 }

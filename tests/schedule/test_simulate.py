@@ -12,7 +12,7 @@ from nemovl_train.schedule import simulate as module
 from nemovl_train.schedule.simulate import Clock, Weather, made_plan, simulate
 from nemovl_train.schedule.simulate_cli import as_text
 
-STORM = Weather(node_mtbf_hours=8, time_limit_hours=0.2, lead_seconds=200, queue_hours=0.01, start_minutes=1, seed=5)
+STORM = Weather(node_mtbf_hours=8, time_limit_hours=0.15, lead_seconds=200, queue_hours=0.01, start_minutes=1, seed=5)
 CALM = Weather(node_mtbf_hours=0, time_limit_hours=0)
 
 
