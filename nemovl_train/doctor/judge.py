@@ -2,7 +2,7 @@
 
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 from nemovl_train.doctor.facts import NodeFacts
@@ -57,19 +57,18 @@ def _alone(facts: Sequence[NodeFacts]) -> Iterator[tuple[str, str]]:
 
 def _alike(facts: Sequence[NodeFacts]) -> Iterator[tuple[str, str]]:
     """What must be the same everywhere; the most frequent value is taken to be right."""
-    looks: dict[str, Callable[[NodeFacts], object]] = {
-        "GPUs": lambda node: tuple(gpu.name for gpu in node.gpus),
-        "driver": lambda node: tuple(sorted({gpu.driver for gpu in node.gpus})),
-        "links": lambda node: tuple(sorted(node.links.items())),
+    found: dict[str, list[object]] = {
+        "GPUs": [tuple(gpu.name for gpu in node.gpus) for node in facts],
+        "driver": [tuple(sorted({gpu.driver for gpu in node.gpus})) for node in facts],
+        "links": [tuple(sorted(node.links.items())) for node in facts],
     }
-    names = sorted({name for node in facts for name in node.versions})
-    looks |= {name: lambda node, name=name: node.versions.get(name) for name in names}
-    for what, look in looks.items():
-        counts = Counter(look(node) for node in facts)
-        usual = counts.most_common(1)[0][0] if counts else None
-        for node in facts:
-            if look(node) != usual:
-                yield node.node, f"{what}: {_short(look(node))}, other nodes have {_short(usual)}"
+    for name in sorted({name for node in facts for name in node.versions}):
+        found[name] = [node.versions.get(name) for node in facts]
+    for what, values in found.items():
+        usual = Counter(values).most_common(1)[0][0] if values else None
+        for node, value in zip(facts, values, strict=True):
+            if value != usual:
+                yield node.node, f"{what}: {_short(value)}, other nodes have {_short(usual)}"
 
 
 def _rates(facts: Sequence[NodeFacts]) -> Iterator[tuple[str, str]]:

@@ -134,7 +134,7 @@ def test_a_folder_that_no_directive_can_name(tmp_path, monkeypatch, capsys):
 
 def test_all_problems_of_a_site_come_together(tmp_path):
     file = tmp_path / "site.yaml"
-    file.write_text("partiton: [a]\ntime: 1:00:00\nsignal_lead: 7200\ngpu_request: gress\npreflight: true\n")
+    file.write_text("partitions: [a]\ntime: 1:00:00\nsignal_lead: 7200\ngpu_request: gress\npreflight: true\n")
     with pytest.raises(ConfigError) as caught:
         load_site(file, ["slurm.nodes=0", "slurm.container.image=x"])
     text = str(caught.value)
