@@ -22,7 +22,7 @@ PARAMS = ("fp32", "bf16")
 BACKENDS = ("auto", "te", "torch")
 DIVISORS = ("global", "pack")
 MAKERS = ("none", "tiny")
-GPUS = ("h100_80gb", "h200_141gb")
+GPUS = ("h100_80gb", "h200_141gb", "a100_80gb", "b200_180gb")
 PIXEL_SHUFFLE = 2
 """Patches on a side that the projector joins into one token."""
 

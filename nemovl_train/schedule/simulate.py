@@ -8,6 +8,7 @@ there) and the weather: nodes that fail and jobs that reach their time limit.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,8 @@ from nemovl_train.config.schema import RunConfig
 from nemovl_train.plan.planner import make_plan
 from nemovl_train.training.lr import learning_rate
 from nemovl_train.training.state import TrainState
+
+log = logging.getLogger(__name__)
 
 LENGTH_SPREAD = 0.7
 """Standard deviation of the logarithm of a sample's tokens."""
@@ -146,7 +149,11 @@ def simulate(stages: Sequence[RunConfig], weather: Weather, *, scale: int = 1) -
         A record of each; `problems` is empty where everything added up.
     """
     clock = Clock(weather, max(make_plan(stage).grid.nodes for stage in stages))
-    return [_Stage(_scaled(stage, scale), clock).run() for stage in stages]
+    records = []
+    for stage in stages:
+        records.append(_Stage(_scaled(stage, scale), clock).run())
+        log.info("%s: %d steps simulated", stage.run.stage, records[-1].steps)
+    return records
 
 
 def made_plan(config: RunConfig) -> Plan:
