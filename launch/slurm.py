@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -39,14 +40,14 @@ def render(program: Program, site: SlurmConfig, *, nodes: int, per_node: int, wo
         workdir: Where the job starts, unless the site names another folder.
     """
     start = Path(site.workdir) if site.workdir else workdir
-    folder = start / program.root / program.run / "slurm"
+    folder = _folder(program, start)
     refuse_path(folder)
     script = folder / "job.sh"
     text = (
         _environment()
         .get_template("slurm.sh.jinja")
         .render(
-            directives=[list(group) for group in _directives(program, site, nodes, per_node, folder)],
+            directives=[list(group) for group in _directives(program, site, nodes, per_node, start)],
             workdir=str(start),
             environment=site.environment,
             folder=str(folder),
@@ -60,6 +61,7 @@ def render(program: Program, site: SlurmConfig, *, nodes: int, per_node: int, wo
             stagger=f"{site.stagger_seconds:g}",
             max_restarts=site.max_restarts,
             preflight=site.preflight,
+            exclude=site.exclude,
             exclude_file=site.exclude_file,
             max_failures=site.max_failures,
             requeue=site.slices == 1,
@@ -67,6 +69,10 @@ def render(program: Program, site: SlurmConfig, *, nodes: int, per_node: int, wo
         )
     )
     return Script(script, text, site.slices)
+
+
+def _folder(program: Program, start: Path) -> Path:
+    return start / program.root / program.run / "slurm"
 
 
 def _environment() -> Environment:
@@ -83,34 +89,33 @@ def _environment() -> Environment:
     return environment
 
 
-def _directives(
-    program: Program, site: SlurmConfig, nodes: int, per_node: int, folder: Path
-) -> Iterator[Iterator[str]]:
-    """`#SBATCH` lines, a group for each component of a heterogeneous job."""
+def _directives(program: Program, site: SlurmConfig, nodes: int, per_node: int, start: Path) -> Iterator[Iterator[str]]:
+    """`#SBATCH` lines, a group for each component of a heterogeneous job; the first one has the whole job's."""
     components = site.components or (
         ComponentConfig(nodes=nodes, partition=site.partition, constraint=site.constraint),
     )
     for number, part in enumerate(components):
-        yield _group(program, site, part, per_node, folder, first=number == 0)
+        yield chain(_of_job(program, site, start) if number == 0 else (), _of_nodes(site, part, per_node))
 
 
-def _group(
-    program: Program, site: SlurmConfig, part: ComponentConfig, per_node: int, folder: Path, *, first: bool
-) -> Iterator[str]:
-    if first:
-        yield f"--job-name=nemovl-{program.run.replace('/', '-')}"
-        yield f"--output={folder}/%j.log"
-        # A job that is queued again goes on in the same log.
-        yield "--open-mode=append"
-        yield "--requeue" if site.slices == 1 else "--no-requeue"
-        yield f"--time={site.time}"
-        # To the processes of the run, not to the script: it waits for them and acts on how they end.
-        yield f"--signal={STOP_SIGNAL}@{site.signal_lead}"
-        if excluded := [*site.exclude, *(read_excluded(Path(site.exclude_file)) if site.exclude_file else [])]:
-            yield f"--exclude={','.join(dict.fromkeys(excluded))}"
-        for key in ("account", "qos", "reservation"):
-            if value := getattr(site, key):
-                yield f"--{key}={value}"
+def _of_job(program: Program, site: SlurmConfig, start: Path) -> Iterator[str]:
+    yield f"--job-name=nemovl-{program.run.replace('/', '-')}"
+    yield f"--output={_folder(program, start)}/%j.log"
+    # A job that is queued again goes on in the same log.
+    yield "--open-mode=append"
+    yield "--requeue" if site.slices == 1 else "--no-requeue"
+    yield f"--time={site.time}"
+    # To the processes of the run, not to the script: it waits for them and acts on how they end.
+    yield f"--signal={STOP_SIGNAL}@{site.signal_lead}"
+    listed = read_excluded(start / site.exclude_file) if site.exclude_file else []
+    if excluded := [*site.exclude, *listed]:
+        yield f"--exclude={','.join(dict.fromkeys(excluded))}"
+    for key in ("account", "qos", "reservation"):
+        if value := getattr(site, key):
+            yield f"--{key}={value}"
+
+
+def _of_nodes(site: SlurmConfig, part: ComponentConfig, per_node: int) -> Iterator[str]:
     if part.partition:
         yield f"--partition={','.join(part.partition)}"
     if part.constraint:

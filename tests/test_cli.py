@@ -212,7 +212,9 @@ def test_doctor_reports_one_document(capsys):
     code, out, _ = run(capsys, "doctor", "--json", "--folder", "somewhere/new")
     report = json.loads(out)
     assert code == (ExitCode.OK if report["ok"] else ExitCode.FAILED)
-    assert {"python", "torch", "accelerator", "free memory", "run folder"} <= {c["name"] for c in report["checks"]}
+    assert {"python", "torch", "accelerator", "free memory", "open files", "run folder"} <= {
+        c["name"] for c in report["checks"]
+    }
     assert not os.listdir(".")
 
 

@@ -80,13 +80,11 @@ def collect_facts(folder: Path, *, write_bytes: int = WRITE_BYTES) -> NodeFacts:
         write_bytes: Size of the file that is written there and removed.
     """
     facts = NodeFacts(node=node_name(), versions=_versions())
-    facts.open_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    shared = Path("/dev/shm")  # noqa: S108  looked at, not written
-    facts.shared_memory_bytes = shutil.disk_usage(shared).total if shared.is_dir() else 0
+    facts.open_files, facts.shared_memory_bytes = open_file_limit(), shared_memory_bytes()
     if shutil.which("nvidia-smi"):
         try:
             facts.gpus = parse_gpus(_ask("nvidia-smi", f"--query-gpu={_GPU_QUERY}", "--format=csv,noheader,nounits"))
-            facts.links = parse_links(_ask("nvidia-smi", "topo", "-m"))
+            facts.links = ask_links()
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             facts.problems.append(f"nvidia-smi does not answer: {error}")
     try:
@@ -94,6 +92,22 @@ def collect_facts(folder: Path, *, write_bytes: int = WRITE_BYTES) -> NodeFacts:
     except OSError as error:
         facts.problems.append(f"cannot write to {folder}: {error.strerror or error}")
     return facts
+
+
+def open_file_limit() -> int:
+    """Files that this process may have open."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def shared_memory_bytes() -> int:
+    """Size of the file system through which processes share memory; 0 where there is none."""
+    shared = Path("/dev/shm")  # noqa: S108  looked at, not written
+    return shutil.disk_usage(shared).total if shared.is_dir() else 0
+
+
+def ask_links() -> dict[str, int]:
+    """Pairs of this machine's GPUs by link, as `parse_links`."""
+    return parse_links(_ask("nvidia-smi", "topo", "-m"))
 
 
 def parse_gpus(text: str) -> list[Gpu]:

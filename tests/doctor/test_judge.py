@@ -123,3 +123,17 @@ def test_bad_nodes_are_added_once(tmp_path):
     lines = path.read_text().splitlines()
     assert [line.split("  #")[0] for line in lines] == ["node3", "node4"]
     assert lines[1].endswith("gone")
+
+
+def test_a_machine_with_a_dead_link_fails(monkeypatch):
+    from nemovl_train.doctor import machine
+
+    def found(links):
+        monkeypatch.setattr(machine, "ask_links", lambda: links)
+        return machine._links()
+
+    assert found({"NVLink": 28}).status == "ok"
+    assert found({"PHB": 6}).status == "ok"  # a machine without NVLink
+    assert found({"NVLink": 27, "SYS": 1}).status == "fail"
+    monkeypatch.setattr(machine, "open_file_limit", lambda: 256)
+    assert (machine._open_files().status, machine._open_files().hint) == ("warn", "ulimit -n 4096")

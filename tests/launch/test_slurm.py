@@ -232,10 +232,13 @@ def test_the_script_acts_on_how_the_run_ended(slurm, tmp_path, monkeypatch):
 def test_refused_nodes_are_left_out_of_a_new_job(slurm, tmp_path, monkeypatch):
     options = ["slurm.preflight=true", f"slurm.exclude_file={tmp_path}/bad.txt"]
     (tmp_path / "bad.txt").write_text("node7  # slow link\nnode3\n\n")
-    ended, requeued, log = end_with(slurm, tmp_path, monkeypatch, preflight=1, extra=options)
+    named = [*options, "slurm.exclude=[node1]"]
+    ended, requeued, log = end_with(slurm, tmp_path, monkeypatch, preflight=1, extra=named)
     assert (ended, requeued) == (1, False)
-    assert "without node3,node7" in log
-    assert slurm.submitted()[-1][0] == "--exclude=node3,node7"
+    assert "without node1,node3,node7" in log
+    assert slurm.submitted()[-1][0] == "--exclude=node1,node3,node7"
+    script = Path(slurm.submitted()[-1][-1])
+    assert "#SBATCH --exclude=node1,node7,node3" in script.read_text()  # a later launch leaves them out as well
     monkeypatch.setenv("NEMOVL_MOVES", "3")
     before = len(slurm.submitted())
     end_with(slurm, tmp_path, monkeypatch, preflight=1, extra=options)
