@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -83,10 +82,8 @@ def test_a_save_may_take_longer_than_torchruns_patience(tmp_path, number):
 def test_a_crash_is_a_failure_and_bad_usage_stays_bad_usage(tmp_path):
     program = tmp_path / "ends.py"
     program.write_text("import os\nos.kill(os.getpid(), 9)\n")
-    began = time.monotonic()
     assert run_node(NodeJob(nproc=1), [str(program)]) == ExitCode.FAILED
     program.write_text("import sys\nfrom nemovl_train.exit_codes import guarded\nsys.exit(guarded(lambda: 2))\n")
     report = tmp_path / "report"
     assert run_node(NodeJob(nproc=1), [str(program)], report=report) == ExitCode.USAGE
     assert report.read_text() == "2\n"
-    assert time.monotonic() - began < 60
