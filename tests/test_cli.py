@@ -115,7 +115,7 @@ def test_train_and_schedule_hand_over_a_checked_config(capsys, monkeypatch):
         (["report", "nowhere"], "no such run folder"),
         (["launch", "torchrun", STAGE, "--nproc", "0"], "between 1 and"),
         (["launch", "torchrun", STAGE, "--nproc", "3", "parallel.tp=2"], "3 processes"),
-        (["launch", "torchrun", "recipe=tiny/schedule", "--nproc", "2"], "is a schedule recipe"),
+        (["launch", "torchrun", STAGE, "--nproc", "2", "--nnodes", "2"], "give HOST:PORT of the first of 2 nodes"),
         (["plan"], "recipe=NAME is missing"),
         (["plan", "recipe=tiny/nope"], "not among"),
         (["plan", STAGE, "parallel.tp=3"], "set parallel.tp=2"),
@@ -171,10 +171,16 @@ def test_torchrun_line_is_printed_and_started(capsys, monkeypatch):
     assert "--nproc-per-node=2" in out
     assert "SIGUSR1" in out
     assert out.rstrip().endswith(f"-m nemovl_train.train {STAGE} run.name=a_b")
+    chain = run(capsys, "launch", "torchrun", "recipe=tiny/schedule", "--nproc", "2", "--dry-run")[1]
+    assert chain.rstrip().endswith("-m nemovl_train.cli schedule recipe=tiny/schedule")
+    pair = ["--nnodes", "2", "--rendezvous", "node1:29500", "--max-restarts", "3"]
+    shared = run(capsys, "launch", "torchrun", STAGE, "--nproc", "2", "--dry-run", *pair)[1]
+    assert "--nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=node1:29500 --rdzv-id=tiny-stage1_sft_16k" in shared
+    assert "--max-restarts=3" in shared
     started = []
-    monkeypatch.setattr(os, "execv", lambda path, argv: started.append(argv) or sys.exit(0))
-    run(capsys, "launch", "torchrun", STAGE, "--nproc", "1")
-    assert started[0][:3] == [sys.executable, "-m", "torch.distributed.run"]
+    monkeypatch.setattr("launch.torchrun.run_node", lambda job, program, **options: started.append(job) or 75)
+    assert run(capsys, "launch", "torchrun", STAGE, "--nproc", "1")[0] == ExitCode.REQUEUE
+    assert started[0].nproc == 1
 
 
 def test_plan_prints_tables_or_one_document(capsys):
@@ -207,7 +213,9 @@ def test_doctor_reports_one_document(capsys):
     code, out, _ = run(capsys, "doctor", "--json", "--folder", "somewhere/new")
     report = json.loads(out)
     assert code == (ExitCode.OK if report["ok"] else ExitCode.FAILED)
-    assert {"python", "torch", "accelerator", "free memory", "run folder"} <= {c["name"] for c in report["checks"]}
+    assert {"python", "torch", "accelerator", "free memory", "open files", "run folder"} <= {
+        c["name"] for c in report["checks"]
+    }
     assert not os.listdir(".")
 
 

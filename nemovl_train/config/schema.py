@@ -288,7 +288,7 @@ class ClusterConfig:
 
     Attributes:
         name: Option of the group `cluster` that this is; a schedule hands it to its stages.
-        gpu: Type of the GPUs, `h100_80gb` or `h200_141gb`.
+        gpu: Type of the GPUs, `h100_80gb`, `h200_141gb`, `a100_80gb` or `b200_180gb`.
         gpus: GPUs of a run; None where the recipe does not say.
         gpus_per_node: GPUs that one NVLink domain joins.
     """
@@ -320,7 +320,7 @@ class WorkloadConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunSection:
-    """Where a run lives: `root/name/stage`, fixed by the recipe so that a restart finds it again."""
+    """Where a run lives: `root` / `name` / `stage`, fixed by the recipe so that a restart finds it again."""
 
     name: str = "run"
     stage: str = "train"

@@ -25,7 +25,7 @@ LANGUAGE_RECOMPUTE = ("none", "selective", "full")
 STATES = ("fp32", "bf16_moments", "lean")
 VISION_RECOMPUTE = ("none", "selective", "full", "tiles")
 MAKERS = ("none", "tiny")
-GPUS = ("h100_80gb", "h200_141gb")
+GPUS = ("h100_80gb", "h200_141gb", "a100_80gb", "b200_180gb")
 MOST_BF16_SUMS = 8
 """Micro-batches of a step whose gradients are added up in bfloat16, which has 8 bits: more would lose small ones."""
 PIXEL_SHUFFLE = 2

@@ -15,6 +15,7 @@ from nemovl_train.model.batch import PackBatch
 from nemovl_train.model.vlm import NemotronVL
 from nemovl_train.parallel.layout import Layout
 from nemovl_train.training.optimizer import Optimizers
+from nemovl_train.training.telemetry import Telemetry
 
 # isort: split
 from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipelining
@@ -75,7 +76,14 @@ def loss_scales(packs: Sequence[Pack], divisor: str, layout: Layout) -> list[flo
     return [1.0 / (s * supervised_packs) if s > 0 else 0.0 for s in sums]
 
 
-def forward_backward(model: NemotronVL, packs: Sequence[Pack], scales: Sequence[float], layout: Layout) -> torch.Tensor:
+def forward_backward(
+    model: NemotronVL,
+    packs: Sequence[Pack],
+    scales: Sequence[float],
+    layout: Layout,
+    *,
+    telemetry: Telemetry | None = None,
+) -> torch.Tensor:
     """Run every pack as a micro-batch through megatron-core's schedule.
 
     A pack goes to the device when its turn comes: the tiles of a whole step would be gigabytes.
@@ -85,6 +93,7 @@ def forward_backward(model: NemotronVL, packs: Sequence[Pack], scales: Sequence[
         packs: This rank's packs of the step.
         scales: Factor on each pack's loss weights.
         layout: Owner of the process groups.
+        telemetry: Hears of every pack's losses.
 
     Returns:
         Sum of the scaled losses of this rank's tokens, float32 scalar on the device.
@@ -95,6 +104,8 @@ def forward_backward(model: NemotronVL, packs: Sequence[Pack], scales: Sequence[
 
         def weighted_sum(token_loss_L: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
             loss = (token_loss_L * batch.loss_weight).sum()
+            if telemetry is not None:
+                telemetry.saw(batch, token_loss_L)
             return loss, torch.ones((), dtype=torch.int, device=loss.device), {"loss": loss.detach()}
 
         return stage(batch), weighted_sum
@@ -113,7 +124,14 @@ def forward_backward(model: NemotronVL, packs: Sequence[Pack], scales: Sequence[
 
 
 def train_step(
-    model: NemotronVL, optimizers: Optimizers, packs: Sequence[Pack], layout: Layout, *, lr: float, divisor: str
+    model: NemotronVL,
+    optimizers: Optimizers,
+    packs: Sequence[Pack],
+    layout: Layout,
+    *,
+    lr: float,
+    divisor: str,
+    telemetry: Telemetry | None = None,
 ) -> StepResult:
     """One optimizer step over this rank's packs.
 
@@ -123,7 +141,9 @@ def train_step(
     began = time.perf_counter()
     scales = loss_scales(packs, divisor, layout)
     optimizers.zero_grad()
-    loss = forward_backward(model, packs, scales, layout)
+    if telemetry is not None:
+        telemetry.begin()
+    loss = forward_backward(model, packs, scales, layout, telemetry=telemetry)
     counts = _reduce_counts(loss, packs, layout)
     finite = math.isfinite(counts[0])
     grad_norm = optimizers.step(lr) if finite else math.nan

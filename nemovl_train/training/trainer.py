@@ -29,6 +29,7 @@ from nemovl_train.training.optimizer import Optimizers
 from nemovl_train.training.signals import StopRequest
 from nemovl_train.training.state import TrainState
 from nemovl_train.training.step import StepResult, forward_backward, train_step
+from nemovl_train.training.telemetry import StepNumbers, Telemetry
 from nemovl_train.training.token_ids import refuse_other_ids
 from nemovl_train.training.validation import Validation
 
@@ -95,7 +96,9 @@ class Trainer:
         # Built after the initial weights: the distributed optimizer copies its fp32 master weights from them.
         self.optimizers = Optimizers(self.model, layout, config.optim, dtype)
         self.model.config.no_sync_func = self.optimizers.no_sync
-        self.model.config.finalize_model_grads_func = self.optimizers.reduce_gradients
+        self.telemetry = Telemetry(config, layout)
+        self.numbers: StepNumbers | None = None
+        self.model.config.finalize_model_grads_func = self.telemetry.before(self.optimizers.reduce_gradients)
         if resumed_from is not None:
             self._restore(resumed_from)
         self.stream = self._open_stream()
@@ -125,9 +128,18 @@ class Trainer:
                         self._dry_batch(packs)
                     lr = learning_rate(self.config.optim, self.state.step, total)
                     result = train_step(
-                        self.model, self.optimizers, packs, self.layout, lr=lr, divisor=self.config.optim.loss_divisor
+                        self.model,
+                        self.optimizers,
+                        packs,
+                        self.layout,
+                        lr=lr,
+                        divisor=self.config.optim.loss_divisor,
+                        telemetry=self.telemetry,
                     )
                     self._account(result, packs)
+                    self.numbers = self.telemetry.collect(
+                        packs, step=self.state.step, seconds=result.seconds, data_seconds=data_seconds
+                    )
                     for callback in self.callbacks:
                         callback.on_step(self, result, lr=lr, data_seconds=data_seconds)
                     self._stop_if_too_many_bad_steps()

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import yaml
 from small_schedule import compose, write_recipes
 
 from nemovl_train.checkpoint import sealed
+from nemovl_train.config.compose import compose_stage
 from nemovl_train.convert import checkpoints as convert_checkpoints
 from nemovl_train.convert import verify as convert_verify
 from nemovl_train.convert.checkpoints import checkpoint_tensors
@@ -21,7 +23,7 @@ from nemovl_train.exceptions import CheckpointError, ConfigError
 from nemovl_train.exit_codes import ExitCode
 from nemovl_train.report import html
 from nemovl_train.schedule import chain
-from nemovl_train.schedule.ledger import Ledger
+from nemovl_train.schedule.ledger import Ledger, StageEntry
 from nemovl_train.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
@@ -69,6 +71,7 @@ def test_the_ledger_and_the_parents(finished):
             "state": "done",
             "parent": "parts/joined/checkpoints/step_00000000",
             "checkpoint": "first/checkpoints/step_00000004",
+            "parent_seal": (run / "parts/joined/checkpoints/step_00000000/COMPLETE").read_text().strip(),
         },
         {
             "name": "second",
@@ -76,6 +79,7 @@ def test_the_ledger_and_the_parents(finished):
             "state": "done",
             "parent": "first/checkpoints/step_00000004",
             "checkpoint": "second/checkpoints/step_00000004",
+            "parent_seal": (run / "first/checkpoints/step_00000004/COMPLETE").read_text().strip(),
         },
     ]
     states = [json.loads((run / stage["checkpoint"] / "state.json").read_text()) for stage in ledger(run)]
@@ -93,6 +97,34 @@ def test_each_stage_starts_from_the_weights_of_the_one_before(finished):
     # The second stage has no images: its tower and projector only decay, its language model learns.
     moved = {name for name in joined if not torch.equal(first[name], second[name])}
     assert {name for name in first if name.startswith("language_model.")} <= moved
+
+
+def test_a_parent_that_was_made_again_is_refused(finished):
+    recipe, run = finished
+    record = run / "schedule.json"
+    before = record.read_text()
+    seal = (run / "first/checkpoints/step_00000004/COMPLETE").read_text().strip()
+    record.write_text(before.replace(seal, "0" * 64))
+    try:
+        with pytest.raises(ConfigError, match="started from other weights than"):
+            chain.run(compose(recipe, run.parent))
+    finally:
+        record.write_text(before)
+
+
+def test_a_finished_stage_needs_no_parent(finished):
+    recipe, run = finished
+    marker = run / "first/checkpoints/step_00000004/COMPLETE"
+    before = ledger(run)
+    entry = Ledger.open(run / "schedule.json", [StageEntry(e["name"], e["recipe"]) for e in before]).stages[1]
+    hidden = marker.rename(marker.with_name("HIDDEN"))
+    try:
+        stage = compose_stage(compose(recipe, run.parent), compose(recipe, run.parent).stages[1])
+        stage = replace(stage, trainer=replace(stage.trainer, init_from=str(marker.parent)))
+        assert chain._stage(stage, entry, Ledger(run / "schedule.json", [entry]), run) == ExitCode.OK
+    finally:
+        hidden.rename(marker)
+    assert entry.parent_seal == before[1]["parent_seal"]
 
 
 def test_a_second_run_does_nothing(finished, monkeypatch):

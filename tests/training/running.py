@@ -15,7 +15,7 @@ from nemovl_train.parallel.layout import Layout
 from nemovl_train.training.folder import StageFolder
 from nemovl_train.training.trainer import Trainer
 
-TIMES = ("tokens_per_second", "step_seconds", "data_seconds")
+TIMES = ("tokens_per_second", "step_seconds", "data_seconds", "mfu", "ranks")
 
 
 @dataclass

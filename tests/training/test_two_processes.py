@@ -107,7 +107,7 @@ def test_a_whole_run_with_evaluation_is_that_of_one_process(data, tmp_path, para
     for mine, theirs in zip(running.rows(shared), running.rows(alone), strict=True):
         assert mine.keys() == theirs.keys()
         for key, value in theirs.items():
-            expected = pytest.approx(value, rel=1e-4) if isinstance(value, float) else value
+            expected = pytest.approx(value, rel=1e-4) if isinstance(value, float | dict) else value
             assert mine[key] == expected, (key, theirs["step"])
     folders = [StageFolder.of(config).path for config in (shared, alone)]
     scores = [json.loads((folder / "evaluation.json").read_text())["sources"]["pictures"] for folder in folders]
