@@ -17,7 +17,7 @@ import logging
 import os
 import queue
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -102,16 +102,29 @@ def save(
     Raises:
         CheckpointError: The disk is full or the folder cannot be written; the previous checkpoint is untouched.
     """
-    final = step_folder(root, step)
-    work = root / f"{_WORK}{final.name}"
     sharded = {"model": model.sharded_state_dict()}
     if optimizer is not None:
         sharded["optimizer"] = optimizer.sharded_state_dict(sharded["model"])
+    return publish(root, step, lambda folder: dist_checkpointing.save(sharded, str(folder)), state=state, run_id=run_id)
+
+
+def publish(root: Path, step: int, write: Callable[[Path], None], *, state: dict[str, Any], run_id: str) -> Path:
+    """Let the tensors be written, then seal and publish. Collective; `save` says the rest.
+
+    Args:
+        root: The stage's `checkpoints` folder.
+        step: Optimiser steps done.
+        write: Fills the folder it is given with the tensors; every rank comes out of it with the same outcome.
+        state: Contents of `state.json`.
+        run_id: Identity of the run.
+    """
+    final = step_folder(root, step)
+    work = root / f"{_WORK}{final.name}"
     try:
         on_first_rank(lambda: _prepare(work))
         # Every rank comes out of this with the same outcome: the writers' results are shared, a barrier ends it.
         with _explain_writer_errors(work):
-            dist_checkpointing.save(sharded, str(work / "sharded"))
+            write(work / "sharded")
         on_first_rank(lambda: _seal(work, final, state, {"run_id": run_id, "step": step}))
     except CheckpointError:
         if dist.get_rank() == 0:

@@ -14,6 +14,7 @@ from typing import Any
 
 from nemovl_train.config.schema import LanguageConfig, ModelConfig, ProjectorConfig, TokenIds, VisionConfig
 from nemovl_train.convert import hf_layout
+from nemovl_train.convert.carried import Carried
 from nemovl_train.convert.mapping import report
 from nemovl_train.convert.names import constant_names, language_prefix, vision_prefix
 from nemovl_train.convert.tensor_files import TensorFolder, read_json
@@ -270,8 +271,9 @@ def write_config(
     dtype: str,
     tokenizer: Path | None = None,
     media: hf_layout.MediaBudget = hf_layout.RELEASED_MEDIA,
+    carried: Carried | None = None,
 ) -> list[Path]:
-    """Write every file of a folder that is not weights: configs, chat template, tokenizer.
+    """Write every file of a folder that is not weights: configs, chat template, tokenizer, carried Python files.
 
     Args:
         config: Sizes of the model.
@@ -280,10 +282,29 @@ def write_config(
         dtype: Number format of the weights as Transformers spells it, e.g. `bfloat16`.
         tokenizer: Folder with `tokenizer.json`; a `chat_template.jinja` there replaces ours.
         media: How images and videos become tiles.
+        carried: What the folder that the model was imported from had.
 
     Returns:
         The files written.
     """
+    documents = _documents(config, kind, dtype, media)
+    if carried is not None:
+        before = _documents(carried.config, kind, carried.dtype, carried.media)
+        documents = {name: carried.document(name, before[name], now) for name, now in documents.items()}
+    written = []
+    for name, document in documents.items():
+        (out_dir / name).parent.mkdir(exist_ok=True)
+        (out_dir / name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        written.append(out_dir / name)
+    if kind != "vision":
+        written += _copy_tokenizer(tokenizer, out_dir)
+    for source in [] if carried is None else carried.python_files():
+        shutil.copyfile(source, out_dir / source.name)
+        written.append(out_dir / source.name)
+    return written
+
+
+def _documents(config: ModelConfig, kind: str, dtype: str, media: hf_layout.MediaBudget) -> dict[str, dict[str, Any]]:
     vision = config.vision
     if kind == "vlm":
         documents = {
@@ -299,14 +320,7 @@ def write_config(
         documents = {"config.json": {"_name_or_path": config.name, **hub, "architectures": ["RadioModel"]}}
     if kind != "vision":
         documents["generation_config.json"] = hf_layout.generation_config(config)
-    written = []
-    for name, document in documents.items():
-        (out_dir / name).parent.mkdir(exist_ok=True)
-        (out_dir / name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        written.append(out_dir / name)
-    if kind != "vision":
-        written += _copy_tokenizer(tokenizer, out_dir)
-    return written
+    return documents
 
 
 def _copy_tokenizer(tokenizer: Path | None, out_dir: Path) -> list[Path]:
