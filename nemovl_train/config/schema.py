@@ -21,6 +21,8 @@ class LanguageConfig:
         vocab_size: Rows of embedding and head as stored, padding included.
         base_vocab_size: Rows of the text-only model before the media tags were added.
         position: `none` (order comes from the Mamba layers) or `rope`.
+        rope_scaling_factor: Factor by which Llama 3.1 stretches long wavelengths (with its fixed bounds 1, 4 and 8,192
+            tokens); 1 stretches none.
     """
 
     hidden_size: int = 5120
@@ -39,6 +41,7 @@ class LanguageConfig:
     activation: str = "squared_relu"
     position: str = "none"
     rope_theta: float = 500000.0
+    rope_scaling_factor: float = 1.0
     max_position: int = 131072
     vocab_size: int = 132096
     base_vocab_size: int = 131072
@@ -89,10 +92,19 @@ class VisionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectorConfig:
-    """RMSNorm, linear, squared ReLU, linear; no biases."""
+    """Norm, linear, activation, linear.
+
+    Attributes:
+        norm: `rmsnorm`, or `layernorm` as in the predecessor.
+        activation: `squared_relu`, or `gelu` (exact) as in the predecessor.
+        bias: Both linears have biases, as in the predecessor.
+    """
 
     ffn_hidden_size: int = 20480
     norm_eps: float = 1e-5
+    norm: str = "rmsnorm"
+    activation: str = "squared_relu"
+    bias: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,8 @@ from nemovl_train.parallel.legality import layout_problems
 
 ACTIVATIONS = ("squared_relu", "swiglu")
 POSITIONS = ("none", "rope")
+PROJECTOR_NORMS = ("rmsnorm", "layernorm")
+PROJECTOR_ACTIVATIONS = ("squared_relu", "gelu")
 VISION_ACTIVATIONS = ("gelu", "gelu_tanh")
 PARAMS = ("fp32", "bf16")
 BACKENDS = ("auto", "te", "torch")
@@ -148,7 +150,9 @@ def _language(config: RunConfig) -> Iterator[str]:
         yield f"{prefix}.hybrid_pattern={lm.hybrid_pattern!r}: M (Mamba-2), - (MLP) or * (attention) for each layer"
     for key in ("hidden_size", "head_dim", "ffn_hidden_size", "mamba_head_dim", "mamba_state_dim", "chunk_size"):
         yield from _positive(f"{prefix}.{key}", getattr(lm, key))
-    for key in ("norm_eps", "init_std", "rope_theta", "max_position", "conv_kernel", "base_vocab_size"):
+    for key in ("norm_eps", "init_std", "rope_theta", "rope_scaling_factor"):
+        yield from _positive(f"{prefix}.{key}", getattr(lm, key))
+    for key in ("max_position", "conv_kernel", "base_vocab_size"):
         yield from _positive(f"{prefix}.{key}", getattr(lm, key))
     yield from _divisible(
         f"{prefix}.num_attention_heads", lm.num_attention_heads, f"{prefix}.num_query_groups", lm.num_query_groups
@@ -196,6 +200,8 @@ def _tiles(config: RunConfig) -> Iterator[str]:
         yield f"data.tile_size={tile}: must equal model.vision.tile_size; nearest: {expected}"
     yield from _positive("model.projector.ffn_hidden_size", config.model.projector.ffn_hidden_size)
     yield from _positive("model.projector.norm_eps", config.model.projector.norm_eps)
+    yield from _choice("model.projector.norm", config.model.projector.norm, PROJECTOR_NORMS)
+    yield from _choice("model.projector.activation", config.model.projector.activation, PROJECTOR_ACTIVATIONS)
     if config.model.tokens_per_tile >= config.data.seq_length:
         yield (
             f"data.seq_length={config.data.seq_length}: one tile alone has {config.model.tokens_per_tile} tokens; "

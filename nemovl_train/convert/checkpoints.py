@@ -58,10 +58,15 @@ class CheckpointInfo:
     export: dict[str, Any] = field(default_factory=dict)
 
 
-def import_checkpoint(hf_dir: Path, out: Path) -> Path:
+def import_checkpoint(hf_dir: Path, out: Path, *, source: str | None = None) -> Path:
     """Import a Hugging Face folder as a checkpoint, its small files beside it. `out` appears when all of it is written.
 
     One tensor is in memory at a time. The checkpoint has no layout of its own: any number of ranks loads it.
+
+    Args:
+        hf_dir: The folder.
+        out: New folder.
+        source: What the records say about where it came from; the folder's name when None.
 
     Returns:
         The checkpoint's folder; `trainer.init_from` takes it or `out`.
@@ -74,7 +79,7 @@ def import_checkpoint(hf_dir: Path, out: Path) -> Path:
     constants = {n: [dtype_name(t.dtype), list(t.shape), t.flatten().tolist()] for n, t in folder.constants().items()}
     media = read_media_budget(hf_dir) if (hf_dir / PREPROCESSOR).is_file() else RELEASED_MEDIA
     origin: dict[str, Any] = {
-        "source": hf_dir.resolve().name,
+        "source": source or hf_dir.resolve().name,
         "state_dtype": dtype_name(folder.state_dtype),
         "constants": constants,
         "media": asdict(media),

@@ -43,6 +43,8 @@ def to_canonical(entry: Entry, parts: Sequence[Tensor]) -> Tensor:
     """One canonical tensor from its Hugging Face tensors (shapes already checked)."""
     if entry.rule is Rule.GROUPED_QKV:
         out = interleave(parts, entry.groups)
+    elif entry.rule is Rule.STACKED:
+        out = torch.cat(list(parts))
     elif entry.rule is Rule.HEAD_QKV:
         out = interleave(parts[0].chunk(3), entry.groups)
     else:
@@ -54,6 +56,8 @@ def to_hf(entry: Entry, tensor: Tensor) -> list[Tensor]:
     """The Hugging Face tensors of one canonical tensor, in the order of `entry.hf`."""
     if entry.rule is Rule.GROUPED_QKV:
         return deinterleave(tensor, entry.groups, [s[0] for s in entry.hf_shapes])
+    if entry.rule is Rule.STACKED:
+        return list(tensor.split([s[0] for s in entry.hf_shapes]))
     if entry.rule is Rule.HEAD_QKV:
         return [torch.cat(deinterleave(tensor, entry.groups, [entry.shape[0] // 3] * 3))]
     return [tensor]

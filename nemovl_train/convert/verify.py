@@ -24,7 +24,7 @@ from nemovl_train.convert.disk import explain_writes
 from nemovl_train.convert.hf_export import MANIFEST
 from nemovl_train.convert.hf_import import HFFolder
 from nemovl_train.convert.mapping import hf_tensors
-from nemovl_train.convert.names import constant_names, table
+from nemovl_train.convert.names import constant_names, is_llama, table
 from nemovl_train.convert.tensor_files import raw_bytes, read_json
 from nemovl_train.exceptions import ConversionError
 
@@ -219,7 +219,7 @@ def expected_reports(folder: HFFolder) -> dict[str, dict[str, list[str]]]:
     if folder.kind != "language":
         missing = [n for n in [*conditioner, "summary_idxs"] if n not in held]
         out["vision"] = {"missing_keys": missing, "unexpected_keys": []}
-    if folder.kind == "vlm":
+    if folder.kind == "vlm" and not is_llama(folder.config.language):
         out["vlm"] = {
             "missing_keys": ["vision_model.embeddings.video_patch_projection.weight"]
             + ([] if "summary_idxs" in held else ["vision_model.summary_idxs"]),
