@@ -48,7 +48,9 @@ def test_groups_are_destroyed_in_an_order_that_every_rank_shares(monkeypatch):
             found[name] = found.pop(name)
         destroyed, real = [], dist.destroy_process_group
         with monkeypatch.context() as patch:
-            patch.setattr(dist, "destroy_process_group", lambda group: (destroyed.append(group.group_name), real(group)))
+            patch.setattr(
+                dist, "destroy_process_group", lambda group: (destroyed.append(group.group_name), real(group))
+            )
             layout.destroy()
         orders.append(destroyed)
     first = min(int(name) for name in orders[1]) - min(int(name) for name in orders[0])
