@@ -268,8 +268,9 @@ def _trainer(config: RunConfig) -> Iterator[str]:
     trainer = config.trainer
     for key in ("steps", "global_batch"):
         yield from _at_least(f"trainer.{key}", getattr(trainer, key), 1)
-    for key in ("max_bad_steps", "threads", "seed"):
+    for key in ("max_bad_steps", "threads", "seed", "spike_sigma", "check_replicas_every", "time_limit_s"):
         yield from _at_least(f"trainer.{key}", getattr(trainer, key), 0)
+    yield from _timeouts(config)
     parts = config.model.parts
     for key, names in (("model.parts", parts), ("trainer.train", trainer.train)):
         for name in names:
@@ -283,10 +284,23 @@ def _trainer(config: RunConfig) -> Iterator[str]:
         yield f"model.parts={list(parts)}: vision and projector come together; use all three or language alone"
 
 
+def _timeouts(config: RunConfig) -> Iterator[str]:
+    stall, collective = config.trainer.stall_timeout_s, config.parallel.collective_timeout_s
+    yield from _at_least("trainer.stall_timeout_s", stall, 0)
+    yield from _positive("parallel.collective_timeout_s", collective)
+    if 0 < stall <= collective:
+        yield (
+            f"trainer.stall_timeout_s={stall:g}: above parallel.collective_timeout_s = {collective:g}, so that the "
+            f"collective that is stuck gets to say so; nearest: {collective * 1.5:g}, or 0 to watch nothing"
+        )
+
+
 def _rest(config: RunConfig) -> Iterator[str]:
     yield from _at_least("checkpoint.every_steps", config.checkpoint.every_steps, 1)
     # Retention must never remove the last good checkpoint.
     yield from _at_least("checkpoint.keep_last", config.checkpoint.keep_last, 1)
+    for key in ("keep_every", "keep_best", "grace_s"):
+        yield from _at_least(f"checkpoint.{key}", getattr(config.checkpoint, key), 0)
     yield from _at_least("evaluation.max_samples", config.evaluation.max_samples, 1)
     yield from _at_least("evaluation.predictions", config.evaluation.predictions, 0)
     if not config.evaluation.split:

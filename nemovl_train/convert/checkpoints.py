@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from data_pipelines.config import DataConfig
-from nemovl_train.checkpoint import sealed
+from nemovl_train.checkpoint import saving, sealed
 from nemovl_train.config.build import build
 from nemovl_train.config.dump import load_yaml
 from nemovl_train.config.schema import ModelConfig, ParallelConfig, RunConfig
@@ -161,7 +161,7 @@ def save_as_checkpoint(
         state = {"model": asdict(config), "dtype": dtype_name(dtype), **origin}
         root = out / CHECKPOINTS
         root.mkdir(parents=True, exist_ok=True)
-        return sealed.save(root, 0, model=model, optimizer=None, state=state, run_id=f"import/{config.name}")
+        return saving.save(root, 0, model=model, optimizer=None, state=state, run_id=f"import/{config.name}")
 
 
 def checkpoint_tensors(path: Path) -> tuple[CheckpointInfo, Iterator[tuple[str, Tensor]]]:

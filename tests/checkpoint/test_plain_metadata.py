@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import tiny_runs
 import torch
+from nemovl_train.checkpoint.plain_metadata import refuse_code
 from torch.distributed.checkpoint import filesystem, metadata
 
 from nemovl_train.checkpoint import sealed
-from nemovl_train.checkpoint.plain_metadata import refuse_code
 from nemovl_train.exceptions import CheckpointError
 
 

@@ -191,14 +191,14 @@ def test_too_many_bad_steps_end_the_run_with_the_last_one_named(config):
 def test_a_full_disk_keeps_the_checkpoint_before_and_the_run_goes_on_later(config, monkeypatch):
     from nemovl_train.checkpoint import sealed
 
-    write = sealed._write
+    write = sealed.write_hashed
 
     def full(path, text):
         if "step_00000003" in str(path):
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        write(path, text)
+        return write(path, text)
 
-    monkeypatch.setattr(sealed, "_write", full)
+    monkeypatch.setattr(sealed, "write_hashed", full)
     with pytest.raises(CheckpointError, match=r"no space left in .*checkpoints.*run the same command again"):
         trainer.run(config)
     checkpoints = StageFolder.of(config).checkpoints
@@ -256,7 +256,9 @@ def test_closing_goes_on_after_a_failure(config):
 
 def test_a_folder_in_use_is_refused_and_free_again_afterwards(config):
     def second_process(run):
-        with pytest.raises(CheckpointError, match="is in use by another process: wait until it ends, or stop it"):
+        with pytest.raises(
+            CheckpointError, match=r"is in use by another process \(process \d+ on .*\): wait until it ends, or stop it"
+        ):
             StageFolder.of(config).claim()
 
     assert running.run(config, second_process).code == ExitCode.OK
