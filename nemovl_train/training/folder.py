@@ -99,7 +99,8 @@ class StageFolder:
             for change in _refuse_other_run(self.path, self.config):
                 log.warning("%s: continuing with another option, as allowed: %s", self.path, change)
             identity["run_id"] = self._first_run_id()
-        replace_text(self.path / _RUN_FILE, json.dumps({"run_id": identity.get("run_id", self.run_id)}))
+        if not identity:
+            replace_text(self.path / _RUN_FILE, json.dumps({"run_id": self.run_id}))
         replace_text(written, dump_yaml(self.config))
         sealed.clean(self.checkpoints)
         return identity

@@ -72,20 +72,25 @@ def sharded_state(optimizer: DistributedOptimizer, model_state: dict[str, Any], 
     Args:
         optimizer: The optimizer.
         model_state: Sharded state dict of the model whose parameters it updates.
-        is_loading: Make the state first where no step was taken; loading then fills it in place.
+        is_loading: Loading fills the state in place.
 
     Returns:
         `optimizer` (parameter groups, the same on every rank) and `tensors`, a list of sharded tensors whose data are
         views of the optimizer's own. float32 master weights that are the model's weights are left to the model.
     """
-    if is_loading:
-        optimizer.load_state_dict(optimizer.state_dict())
+    fresh = not optimizer.optimizer.state
+    common = optimizer.state_dict()
+    if is_loading or fresh:
+        optimizer.load_state_dict(common)
     layouts = _layouts(model_state)
     tensors: list[ShardedTensor] = []
     for parameter, begin, end in _owned(optimizer):
         states = dict(optimizer._get_main_param_and_optimizer_states(parameter))
         master = states.pop("param")
         states = {name: state for name, state in states.items() if name != "step"}
+        if fresh:  # megatron-core leaves what it allocates as it finds it
+            for state in states.values():
+                state.zero_()
         if master.untyped_storage().data_ptr() != parameter.untyped_storage().data_ptr():
             states["fp32_param"] = master
         for name, flat in states.items():

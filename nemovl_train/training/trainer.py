@@ -315,10 +315,10 @@ class Trainer:
 
     def _requeue(self) -> ExitCode:
         """Save what is not saved, wait until it is on the disk, and say that there is more to do."""
-        if self.saved_step != self.state.step:
+        if self.state.step not in (0, self.saved_step):
             self.save()
         self.control.finish_save()
-        log.warning("%s: saved at step %d, run again to continue", self.folder.path, self.state.step)
+        log.warning("%s: stopped at step %d, run again to continue", self.folder.path, self.state.step)
         return ExitCode.REQUEUE
 
     def _finish(self) -> ExitCode:

@@ -45,7 +45,7 @@ def test_a_run_leaves_its_folder_and_a_second_one_finds_nothing_to_do(config, da
     before = {file: file.stat().st_mtime_ns for file in path.rglob("*") if file.is_file()}
     assert trainer.run(config) == ExitCode.OK
     after = {file: file.stat().st_mtime_ns for file in path.rglob("*") if file.is_file()}
-    assert {file.name for file in after if after[file] != before.get(file)} <= {"config.yaml"}
+    assert {file.name for file in after if after[file] != before.get(file)} <= {"config.yaml", ".lock"}
 
 
 def test_options_that_decide_nothing_may_change_and_others_are_refused_with_their_difference(config):
