@@ -1,6 +1,7 @@
 """How two runs are compared: by the bytes that they left."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import running
@@ -18,6 +19,15 @@ def final(config: RunConfig) -> dict[str, Any]:
     state = json.loads((folder / "state.json").read_text())
     # A folder is part of a config, and theirs differ.
     return {"tensors": tensors, "state": {**state, "config_hash": ""}, "rows": running.rows(config)}
+
+
+def packs(config: RunConfig) -> dict[int, set[str]]:
+    """Digests of the packs of every step, over all ranks; a step that was taken twice had the same ones twice."""
+    found: dict[int, set[str]] = {}
+    for path in Path(config.run.root).glob("packs_rank*.jsonl"):
+        for step, digests in map(json.loads, path.read_text().splitlines()):
+            found.setdefault(step, set()).update(digests)
+    return found
 
 
 def last_good_step(config: RunConfig) -> int | None:

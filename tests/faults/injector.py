@@ -96,7 +96,7 @@ def _flip(injector: Injector) -> None:
     """One bit of one weight."""
     import torch
 
-    name, parameter = next(iter(injector.trainer.model.named_parameters()))
+    parameter = next(injector.trainer.model.parameters())
     parameter.data.view(-1)[:1].view(torch.int32).bitwise_xor_(1 << 12)
 
 

@@ -56,11 +56,27 @@ def child(request: dict, rank: int, port: int) -> None:
     try:
         if request["fault"]:
             Injector(Fault(**request["fault"]), rank).install()
-        code = guarded(lambda: trainer.run(load_yaml(RunConfig, Path(request["config"]))))
+        config = load_yaml(RunConfig, Path(request["config"]))
+        record_packs(Path(config.run.root) / f"packs_rank{rank}.jsonl")
+        code = guarded(lambda: trainer.run(config))
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def record_packs(path: Path) -> None:
+    """Note the digests of the packs that each step of this rank gets."""
+    take = trainer.Trainer._next_packs
+
+    def recorded(run: trainer.Trainer) -> object:
+        packs, seconds = take(run)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.write(json.dumps([run.state.step, [pack.digest() for pack in packs]]) + "\n")
+        return packs, seconds
+
+    trainer.Trainer._next_packs = recorded  # type: ignore[method-assign]
 
 
 def wait(children: dict[int, int], timeout_s: float) -> list[int]:

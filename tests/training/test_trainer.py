@@ -269,6 +269,25 @@ def test_a_folder_in_use_is_refused_and_free_again_afterwards(config):
     assert trainer.run(config) == ExitCode.OK
 
 
+def test_accepted_changes_are_listed_and_the_run_goes_on(config, caplog):
+    running.run(config, running.stop_at(2))
+    other = replace(config, optim=replace(config.optim, lr=0.5), trainer=replace(config.trainer, spike_sigma=9.0))
+    with pytest.raises(ConfigError, match=r"'checkpoint\.accept_changes=\[optim\.lr,trainer\.spike_sigma\]'"):
+        trainer.run(other)
+    half = replace(other, checkpoint=replace(other.checkpoint, accept_changes=("optim.lr",)))
+    with pytest.raises(ConfigError, match=r"another run: trainer\.spike_sigma: 0\.0 -> 9\.0") as error:
+        trainer.run(half)
+    assert "optim.lr: " not in str(error.value)
+    accepted = replace(other, checkpoint=replace(other.checkpoint, accept_changes=("optim", "trainer.spike_sigma")))
+    assert running.run(accepted, running.stop_at(2)).code == ExitCode.OK
+    assert "continuing with another option, as allowed: optim.lr: 0.003 -> 0.5" in caplog.text
+    assert [row["step"] for row in running.rows(config)] == [1, 2, 3]
+    # From here on the new options are the run's.
+    assert trainer.run(other) == ExitCode.OK
+    with pytest.raises(ConfigError, match=r"optim\.lr: 0\.5 -> 0\.003"):
+        trainer.run(config)
+
+
 def test_a_file_system_without_locks_is_used_with_a_warning(config, monkeypatch, caplog):
     def refuse(*args):
         raise OSError(errno.EOPNOTSUPP, "not supported")
