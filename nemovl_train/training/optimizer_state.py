@@ -100,8 +100,18 @@ def sharded_state(optimizer: DistributedOptimizer, model_state: dict[str, Any], 
 
 
 def load_state(optimizer: DistributedOptimizer, state: dict[str, Any]) -> None:
-    """Take over parameter groups and step counts; the tensors were filled in place."""
-    optimizer.load_state_dict({key: value for key, value in state.items() if key != "tensors"})
+    """Take over the step count; the tensors were filled in place.
+
+    All else in the parameter groups is config. megatron-core pairs groups by it, so that a run that continues with
+    another learning rate would find none of its own.
+    """
+    groups = state["optimizer"]["param_groups"]
+    steps = {group["step"] for group in groups if "step" in group}
+    assert len(steps) <= 1, steps
+    own = optimizer.state_dict()
+    for group in own["optimizer"]["param_groups"]:
+        group.update({"step": step for step in steps})
+    optimizer.load_state_dict(own)
 
 
 def _layouts(model_state: dict[str, Any]) -> dict[torch.Tensor, list[tuple[ShardedTensor, int]]]:

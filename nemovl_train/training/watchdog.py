@@ -36,6 +36,7 @@ class Watchdog:
         self.path = folder / f"rank_{rank:05d}.txt"
         self.timeout_s = timeout_s
         self._allowed = timeout_s * FIRST_STEP_FACTOR
+        self._look_s = min(1.0, timeout_s / 4)
         self._last = time.monotonic()
         self._stop = threading.Event()
         self._main = threading.main_thread().ident
@@ -56,7 +57,7 @@ class Watchdog:
             self._thread.join()
 
     def _watch(self) -> None:
-        while not self._stop.wait(min(1.0, self.timeout_s / 4)):
+        while not self._stop.wait(self._look_s):
             waited = time.monotonic() - self._last
             if waited > self._allowed:
                 self._end(waited)
@@ -73,6 +74,8 @@ class Watchdog:
         except OSError:
             faulthandler.dump_traceback(sys.stderr, all_threads=True)
         logging.shutdown()
+        # All ranks stand still, and see it within one look; the first to leave would end the others before they wrote.
+        time.sleep(2.5 * self._look_s)
         # The main thread cannot be asked to leave: it does not come back from where it is.
         os._exit(ExitCode.FAILED)
 

@@ -17,8 +17,11 @@ from injector import Fault, Injector
 
 from nemovl_train.config.dump import load_yaml
 from nemovl_train.config.schema import RunConfig
-from nemovl_train.exit_codes import guarded
+from nemovl_train.exit_codes import ExitCode, guarded
 from nemovl_train.training import trainer
+
+
+AFTER_A_FAILURE_S = 8.0
 
 
 def main() -> None:
@@ -80,6 +83,7 @@ def record_packs(path: Path) -> None:
 
 
 def wait(children: dict[int, int], timeout_s: float) -> list[int]:
+    """Ranks that are left over are killed at the end of the time, or some seconds after one failed: as launchers do."""
     codes: dict[int, int] = {}
     end = time.monotonic() + timeout_s
     while len(codes) < len(children):
@@ -88,7 +92,9 @@ def wait(children: dict[int, int], timeout_s: float) -> list[int]:
                 continue
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
-                codes[children[pid]] = os.waitstatus_to_exitcode(status)
+                code = codes[children[pid]] = os.waitstatus_to_exitcode(status)
+                if code not in (0, ExitCode.REQUEUE):
+                    end = min(end, time.monotonic() + AFTER_A_FAILURE_S)
         if time.monotonic() > end:
             for pid in children:
                 if children[pid] not in codes:

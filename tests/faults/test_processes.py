@@ -53,6 +53,7 @@ def test_a_frozen_rank_is_named_by_the_stacks_of_the_others(data, tmp_path, run)
     assert "no progress for" in ended.texts[0]
 
 
+@pytest.mark.slow
 def test_data_that_do_not_come_end_the_run_with_stacks_of_every_rank(data, tmp_path, run):
     config = config_of(data, tmp_path, stall_timeout_s=3.0)
     config = replace(config, parallel=replace(config.parallel, collective_timeout_s=600.0))
@@ -63,6 +64,7 @@ def test_data_that_do_not_come_end_the_run_with_stacks_of_every_rank(data, tmp_p
     assert "_next_packs" in stacks[1] or "wrapped" in stacks[1]
 
 
+@pytest.mark.slow
 def test_a_collective_that_takes_too_long_speaks_before_the_watchdog(data, tmp_path, run):
     config = config_of(data, tmp_path, stall_timeout_s=60.0)
     config = replace(config, parallel=replace(config.parallel, collective_timeout_s=3.0))
@@ -109,7 +111,9 @@ def test_a_spike_changes_nothing_and_is_counted_across_a_restart(data, tmp_path,
     assert all(row["applied"] for row in running.rows(other))
 
 
-@pytest.mark.parametrize("point", ["step", "write", "publish", "purge"])
+@pytest.mark.parametrize(
+    "point", ["write", *(pytest.param(name, marks=pytest.mark.slow) for name in ("step", "publish", "purge"))]
+)
 def test_killed_anywhere_and_started_again(data, tmp_path, run, point):
     whole = config_of(data, tmp_path / "whole", every=1)
     assert run(whole).codes == [0]

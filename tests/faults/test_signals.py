@@ -40,10 +40,10 @@ def clean(data, root, run):
     ("fault", "saved"),
     [
         (Fault("init", "term", rank=1), None),
-        (Fault("data", "usr1", rank=1, step=1), 1),
+        pytest.param(Fault("data", "usr1", rank=1, step=1), 1, marks=pytest.mark.slow),
         (Fault("micro_batch", "term", rank=0, step=1), 1),
-        (Fault("accounted", "int", rank=1, step=3), 3),
-        (Fault("save", "usr1", rank=0, step=2), 2),
+        pytest.param(Fault("accounted", "int", rank=1, step=3), 3, marks=pytest.mark.slow),
+        pytest.param(Fault("save", "usr1", rank=0, step=2), 2, marks=pytest.mark.slow),
         (Fault("write", "term", rank=1, step=2), 2),
         (Fault("eval", "usr1", rank=1, step=STEPS), STEPS),
     ],
