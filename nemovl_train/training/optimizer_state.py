@@ -110,7 +110,8 @@ def load_state(optimizer: DistributedOptimizer, state: dict[str, Any]) -> None:
     assert len(steps) <= 1, steps
     own = optimizer.state_dict()
     for group in own["optimizer"]["param_groups"]:
-        group.update({"step": step for step in steps})
+        if steps:
+            group["step"] = max(steps)
     optimizer.load_state_dict(own)
 
 

@@ -20,7 +20,6 @@ from nemovl_train.config.schema import RunConfig
 from nemovl_train.exit_codes import ExitCode, guarded
 from nemovl_train.training import trainer
 
-
 AFTER_A_FAILURE_S = 8.0
 
 
