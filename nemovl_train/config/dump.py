@@ -19,6 +19,8 @@ REDACTED = "***"
 RESUME_MAY_CHANGE = (
     "parallel",
     "precision.backend",
+    "recompute",
+    "optim.fuse_grad_accumulation",
     "optim.overlap_grad_reduce",
     "optim.overlap_param_gather",
     "data.num_workers",

@@ -163,6 +163,23 @@ class PrecisionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RecomputeConfig:
+    """What the backward pass makes again instead of having kept it. Results do not depend on it.
+
+    Attributes:
+        language: `none`; `selective` makes outputs of norms, of the squared ReLU and of the Mamba layers' gated norm
+            again; `full` keeps the input of each layer alone and runs it again.
+        language_layers: With `full`, so many layers from the first; all of them when None.
+        vision: `none`, `selective` (norms and GELU) and `full` likewise; `tiles` keeps pixels alone and encodes a few
+            tiles at a time again, which takes the same memory for any number of tiles.
+    """
+
+    language: str = "none"
+    language_layers: int | None = None
+    vision: str = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """AdamW with linear warm-up and cosine decay.
 
@@ -178,6 +195,10 @@ class OptimConfig:
         overlap_grad_reduce: Reduce the language model's gradients while its backward pass still runs.
         overlap_param_gather: Collect its updated weights while the next forward pass already runs; needs `distributed`
             and `overlap_grad_reduce`.
+        states: `fp32` keeps gradients, master weights and moments in float32; `bf16_moments` keeps moments in bfloat16
+            and of the float32 master weight only the 16 bits that the bfloat16 weight lacks; `lean` has bfloat16
+            gradients as well. The last two need `distributed` and Transformer Engine.
+        fuse_grad_accumulation: Transformer Engine's linears add weight gradients to the optimizer's buffer themselves.
     """
 
     lr: float = 2e-5
@@ -192,6 +213,8 @@ class OptimConfig:
     distributed: bool = True
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
+    states: str = "fp32"
+    fuse_grad_accumulation: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -332,6 +355,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

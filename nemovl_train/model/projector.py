@@ -12,7 +12,8 @@ from torch import Tensor
 
 from nemovl_train.config.schema import ModelConfig
 from nemovl_train.model.backend import Backend
-from nemovl_train.model.language import COMMON_OPTIONS, squared_relu
+from nemovl_train.model.language import COMMON_OPTIONS
+from nemovl_train.model.recompute import squared_relu
 from nemovl_train.parallel.layout import Layout
 
 # isort: split

@@ -8,6 +8,7 @@ holds no gradient and no optimizer state.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 
 from nemovl_train.config.schema import OptimConfig
+from nemovl_train.exceptions import UserError
 from nemovl_train.model.vlm import NemotronVL
 from nemovl_train.parallel.layout import Layout
 from nemovl_train.training.optimizer_state import load_state, sharded_state
@@ -71,6 +73,8 @@ class Optimizers:
                     module,
                     pg_collection=groups,
                 )
+                if optim.fuse_grad_accumulation:
+                    _fuse_grad_accumulation(module)
                 optimizer = get_megatron_optimizer(
                     self.config,
                     [ddp],
@@ -124,7 +128,13 @@ class Optimizers:
         if not math.isfinite(norm) or norm > largest_norm:
             return norm
         for side in self.sides:
-            clip_grad_by_total_norm_fp32(side.optimizer.get_parameters(), self.optim.clip_grad, norm)
+            clip_grad_by_total_norm_fp32(
+                side.optimizer.get_parameters(),
+                self.optim.clip_grad,
+                norm,
+                # Gradients of another dtype than their master weight's cannot be its `grad`.
+                use_decoupled_grad=self.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
+            )
         self.chained.step_with_ready_grads()
         return norm
 
@@ -178,11 +188,21 @@ def _chain(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
 def _ddp_config(optim: OptimConfig, *, overlap: bool) -> DistributedDataParallelConfig:
     """Tower and projector never overlap: a rank, a micro-batch or a whole stage may have no images for them."""
     return DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=optim.states != "lean",
         overlap_grad_reduce=overlap and optim.overlap_grad_reduce,
         overlap_param_gather=overlap and optim.overlap_param_gather,
         use_distributed_optimizer=optim.distributed,
     )
+
+
+def _fuse_grad_accumulation(module: nn.Module) -> None:
+    """Lets Transformer Engine's linears add weight gradients to `main_grad`.
+
+    Through megatron-core's config this would need apex for the output layer, which is not Transformer Engine's.
+    """
+    for part in module.modules():
+        if hasattr(part, "fuse_wgrad_accumulation") and part.weight.requires_grad:
+            part.fuse_wgrad_accumulation = True  # type: ignore[assignment]
 
 
 def _parameter_groups(config: OptimizerConfig) -> dict[ParamKey, ParamGroupOverride]:
@@ -211,4 +231,26 @@ def _optimizer_config(optim: OptimConfig, params_dtype: torch.dtype) -> Optimize
         bf16=params_dtype == torch.bfloat16,
         params_dtype=params_dtype,
         use_distributed_optimizer=optim.distributed,
+        **_state_dtypes(optim.states),
     )
+
+
+def _state_dtypes(states: str) -> dict[str, Any]:
+    """Options of megatron-core's precision-aware optimizer, which is Transformer Engine's fused Adam.
+
+    Raises:
+        UserError: Transformer Engine is not there.
+    """
+    if states == "fp32":
+        return {}
+    if importlib.util.find_spec("transformer_engine") is None:
+        raise UserError(
+            f"optim.states={states} needs Transformer Engine's fused Adam, which is not installed (pip install "
+            "'nemovl[gpu]', on a CUDA machine); set optim.states=fp32"
+        )
+    return {
+        "use_precision_aware_optimizer": True,
+        "exp_avg_dtype": torch.bfloat16,
+        "exp_avg_sq_dtype": torch.bfloat16,
+        "main_grads_dtype": torch.bfloat16 if states == "lean" else torch.float32,
+    }

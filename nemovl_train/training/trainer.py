@@ -102,7 +102,12 @@ class Trainer:
         self.watchdog = watchdog or Watchdog(folder.path / "stacks", layout.rank, 0)
         dtype = DTYPES[config.precision.params]
         self.model = build_model(
-            config.model, layout, params_dtype=dtype, backend=config.precision.backend, seed=config.trainer.seed
+            config.model,
+            layout,
+            params_dtype=dtype,
+            backend=config.precision.backend,
+            seed=config.trainer.seed,
+            recompute=config.recompute,
         )
         self.model.freeze(train=config.trainer.train)
         self.state = TrainState(seed=config.trainer.seed, config_hash=config_hash(config))
