@@ -148,7 +148,7 @@ class Saver:
         results = from_every_rank((save.plan.entries, save.entry, self._take_failure()))
         try:
             on_first_rank(lambda: self._seal(results))
-        except BaseException:
+        except CheckpointError:
             if dist.get_rank() == 0:
                 shutil.rmtree(save.work, ignore_errors=True)  # others need the space that half of it takes
             self._save = None

@@ -78,25 +78,19 @@ def sharded_state(optimizer: DistributedOptimizer, model_state: dict[str, Any], 
         `optimizer` (parameter groups, the same on every rank) and `tensors`, a list of sharded tensors whose data are
         views of the optimizer's own. float32 master weights that are the model's weights are left to the model.
     """
-    fresh = not optimizer.optimizer.state
     common = optimizer.state_dict()
-    if is_loading or fresh:
+    if not optimizer.optimizer.state:
+        # A save before the first step that was taken. megatron-core allocates; what is loaded fills it.
         optimizer.load_state_dict(common)
+        if not is_loading:
+            _begin(optimizer)
     layouts = _layouts(model_state)
     tensors: list[ShardedTensor] = []
     for parameter, begin, end in _owned(optimizer):
-        states = dict(optimizer._get_main_param_and_optimizer_states(parameter))
-        master = states.pop("param")
-        states = {name: state for name, state in states.items() if name != "step"}
-        if fresh:  # megatron-core leaves what it allocates as it finds it
-            for state in states.values():
-                state.zero_()
-        if master.untyped_storage().data_ptr() != parameter.untyped_storage().data_ptr():
-            states["fp32_param"] = master
-        for name, flat in states.items():
+        for name, flat in _states(optimizer, parameter).items():
             for whole, start in layouts[parameter]:
                 tensors += _pieces(name, whole, flat, begin - start, end - start)
-    return {**optimizer.state_dict(), "tensors": tensors}
+    return {**common, "tensors": tensors}
 
 
 def load_state(optimizer: DistributedOptimizer, state: dict[str, Any]) -> None:
@@ -105,14 +99,35 @@ def load_state(optimizer: DistributedOptimizer, state: dict[str, Any]) -> None:
     All else in the parameter groups is config. megatron-core pairs groups by it, so that a run that continues with
     another learning rate would find none of its own.
     """
-    groups = state["optimizer"]["param_groups"]
-    steps = {group["step"] for group in groups if "step" in group}
+    steps = {group["step"] for group in state["optimizer"]["param_groups"] if group.get("step") is not None}
     assert len(steps) <= 1, steps
-    own = optimizer.state_dict()
-    for group in own["optimizer"]["param_groups"]:
-        if steps:
-            group["step"] = max(steps)
-    optimizer.load_state_dict(own)
+    for step in steps:
+        # Transformer Engine counts in the group, PyTorch for every parameter.
+        for group in optimizer.optimizer.param_groups:
+            group["step"] = int(step)
+        for own in optimizer.optimizer.state.values():
+            if "step" in own:
+                own["step"].fill_(step)
+
+
+def _begin(optimizer: DistributedOptimizer) -> None:
+    """Give what was only allocated the values that the first step would begin with."""
+    inner = optimizer.optimizer
+    for parameter, own in inner.state.items():
+        if "master_param" in own:
+            inner.initialize_state(parameter, inner.store_param_remainders)
+        else:
+            for tensor in own.values():
+                tensor.zero_()
+
+
+def _states(optimizer: DistributedOptimizer, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
+    """Flat tensors of this rank's run of a parameter, as the optimizer holds them: bit by bit, and to be filled."""
+    group, place = optimizer.model_param_group_index_map[parameter]
+    main = optimizer.optimizer.param_groups[group]["params"][place]
+    states = {name: state for name, state in optimizer.optimizer.state[main].items() if name != "step"}
+    separate = main.untyped_storage().data_ptr() != parameter.untyped_storage().data_ptr()
+    return {**states, "fp32_param": main} if separate else states
 
 
 def _layouts(model_state: dict[str, Any]) -> dict[torch.Tensor, list[tuple[ShardedTensor, int]]]:
