@@ -221,8 +221,8 @@ class PackBuilder:
             loss_weight=torch.from_numpy(weights),
             position_ids=torch.from_numpy(np.concatenate([np.arange(n, dtype=np.int64) for n in documents])),
             seq_idx=torch.from_numpy(np.repeat(np.arange(len(documents), dtype=np.int32), documents)),
-            cu_seqlens=torch.from_numpy(_pad_bounds(bounds, self.config.document_bucket)),
-            max_seqlen=min(_round_up(max(documents), self.config.max_seqlen_bucket), size),
+            cu_seqlens=torch.from_numpy(pad_bounds(bounds, self.config.document_bucket)),
+            max_seqlen=min(round_up(max(documents), self.config.max_seqlen_bucket), size),
             sample_keys=tuple(piece.key for piece in pieces),
             dataset_ids=tuple(piece.dataset_id for piece in pieces),
             stats={
@@ -303,11 +303,12 @@ def _tiles_of_image(data: bytes, shape: MediaShape, layout: MediaLayout, tile_si
     return image_tiles(pixels, layout, tile_size)
 
 
-def _pad_bounds(bounds: np.ndarray, bucket: int) -> np.ndarray:
+def pad_bounds(bounds: np.ndarray, bucket: int) -> np.ndarray:
     """Boundaries [N + 1] -> [Nb + 1] int32, the end repeated: few distinct sizes mean few kernel plans."""
-    padded = _round_up(len(bounds) - 1, bucket) + 1
+    padded = round_up(len(bounds) - 1, bucket) + 1
     return np.concatenate([bounds, np.full(padded - len(bounds), bounds[-1])]).astype(np.int32)
 
 
-def _round_up(value: int, multiple: int) -> int:
+def round_up(value: int, multiple: int) -> int:
+    """The least multiple that is not below a value."""
     return -(-value // multiple) * multiple

@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Callable
 from enum import IntEnum
 
-from nemovl_train.exceptions import ConfigError, UserError
+from nemovl_train.exceptions import ConfigError, RunFailedError, UserError
 
 
 class ExitCode(IntEnum):
@@ -38,6 +38,9 @@ def guarded(call: Callable[[], int]) -> int:
         if not (isinstance(error, ConfigError) and os.environ.get("RANK", "0") != "0"):
             print(f"{_rank()}error: {error}", file=sys.stderr)
         return ExitCode.USAGE
+    except RunFailedError as error:
+        print(f"{_rank()}error: {error}", file=sys.stderr)
+        return ExitCode.FAILED
     except KeyboardInterrupt:
         print(f"{_rank()}interrupted", file=sys.stderr)
         return ExitCode.INTERRUPTED

@@ -1,82 +1,27 @@
 """Checkpoints written and read one tensor at a time, for what never holds a whole model: conversions.
 
-The files are those of a training run's checkpoint: PyTorch's distributed format with megatron-core's two additions, an
-(empty) object `common_state` and `metadata.json` (megatron-core `dist_checkpointing/serialization.py`). Tensors are
-stored whole, so any layout loads them.
+The files are those of a training run's checkpoint (`storage.py`), every tensor in one piece, so any layout loads them.
 """
 
 from __future__ import annotations
 
-import io
 import json
-import queue
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from nemovl_train.checkpoint.plain_metadata import refuse_code
-from nemovl_train.checkpoint.sealed import publish, verify
+from nemovl_train.checkpoint import sealed
+from nemovl_train.checkpoint.files import HashedFile, explain_disk_errors
+from nemovl_train.checkpoint.sealed import SHARDED, WORK, Verified
+from nemovl_train.checkpoint.storage import INDEX, IndexedReader, join_index, rank_file
 
 FILE_BYTES = 5 * 10**9
-_COMMON = "common_state/shard_0_1"
-_MEGATRON = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-
-
-class _ReadWhenWritten(dcp.DefaultSavePlanner):
-    """Plans with the shapes of meta tensors; asks for a tensor's values when its turn to be written comes."""
-
-    def __init__(self, read: Callable[[str], Tensor]) -> None:
-        super().__init__(flatten_state_dict=False)
-        self._read = read
-
-    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
-        if write_item.type is WriteItemType.BYTE_IO:
-            return super().resolve_data(write_item)
-        name = write_item.index.fqn
-        planned, tensor = self.state_dict[name], self._read(name)
-        assert (tensor.shape, tensor.dtype) == (planned.shape, planned.dtype), name
-        return tensor
-
-
-class _SerialWriter(FileSystemWriter):
-    """One file after the other, each begun when the one before has reached its size. One thread, one tensor."""
-
-    def __init__(self, path: Path) -> None:
-        # No copies from a device are made ahead: every one would be a further tensor in memory.
-        super().__init__(path, thread_count=1, per_thread_copy_ahead=0)
-
-    def storage_meta(self) -> None:
-        """Nothing: it would be the folder's path on this machine."""
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
-        files: list[list[WriteItem]] = [[]]
-        filled = 0
-        for item in plan.items:
-            size = 0 if item.tensor_data is None else item.tensor_data.size.numel() * _itemsize(item)
-            if files[-1] and filled + size > FILE_BYTES:
-                files.append([])
-                filled = 0
-            files[-1].append(item)
-            filled += size
-        waiting: queue.Queue = queue.Queue()
-        for number, items in enumerate(files):
-            name = f"{plan.storage_data.prefix}{number}.distcp"
-            waiting.put((self.fs.concat_path(self.path, name), name, items))
-        return self._write_data(planner, waiting)
-
-
-def _itemsize(item: WriteItem) -> int:
-    assert item.tensor_data is not None
-    return item.tensor_data.properties.dtype.itemsize
 
 
 def save_streamed(
@@ -88,7 +33,7 @@ def save_streamed(
     state: dict[str, Any],
     run_id: str,
 ) -> Path:
-    """As `sealed.save` for weights alone, with one tensor in memory at a time. For one process.
+    """Write, seal and publish weights alone, with one tensor in memory at a time. For one process; needs no groups.
 
     Args:
         root: The `checkpoints` folder.
@@ -104,68 +49,77 @@ def save_streamed(
     Raises:
         CheckpointError: The disk is full or the folder cannot be written.
     """
+    final = sealed.step_folder(root, step)
+    work = root / f"{WORK}{final.name}"
+    try:
+        with explain_disk_errors(root):
+            shutil.rmtree(work, ignore_errors=True)
+            (work / SHARDED).mkdir(parents=True)
+            files, tensors = _write(work / SHARDED, specs, read)
+        texts = {
+            f"{SHARDED}/{INDEX}": join_index([{"tensors": tensors, "objects": {}}], {}),
+            "state.json": json.dumps(state, indent=1, sort_keys=True),
+        }
+        sealed.seal(work, final, files=files, texts=texts, identity={"run_id": run_id, "step": step})
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)  # others need the space that half of it takes
+        raise
+    return final
 
-    def write(folder: Path) -> None:
-        common = io.BytesIO()
-        torch.save([{}], common)
-        planner = _ReadWhenWritten(read)
-        with _one_process():
-            dcp.save({_COMMON: common, **specs}, storage_writer=_SerialWriter(folder), planner=planner, no_dist=True)
-        (folder / "metadata.json").write_text(json.dumps(_MEGATRON), encoding="utf-8")
 
-    return publish(root, step, write, state=state, run_id=run_id)
-
-
-@contextmanager
-def _one_process() -> Iterator[None]:
-    """Without PyTorch's reminder that the other ranks take no part: there are none, or it is meant so."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        yield
+def _write(
+    folder: Path, specs: Mapping[str, Tensor], read: Callable[[str], Tensor]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The large files, each begun when the one before has reached its size: their entries, and rows of the index."""
+    files: dict[str, Any] = {}
+    tensors: dict[str, Any] = {}
+    file = HashedFile(folder / rank_file(0))
+    try:
+        for name, spec in specs.items():
+            if file.bytes and file.bytes + spec.nbytes > FILE_BYTES:
+                files[f"{SHARDED}/{file.path.name}"] = file.close()
+                file = HashedFile(folder / rank_file(len(files)))
+            tensors[name] = {
+                "dtype": str(spec.dtype).removeprefix("torch."),
+                "shape": list(spec.shape),
+                "pieces": [[[0] * spec.dim(), list(spec.shape), file.path.name, file.bytes]],
+            }
+            tensor = read(name)
+            assert (tensor.shape, tensor.dtype) == (spec.shape, spec.dtype), name
+            file.write(memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()))
+            del tensor  # before the next is read
+    finally:
+        files[f"{SHARDED}/{file.path.name}"] = file.close()
+    return files, tensors
 
 
 class StoredTensors:
     """The tensors of a checkpoint, whatever layout saved it, read when asked for. For one process; needs no groups.
 
     Args:
-        folder: A published checkpoint.
-        verified: Its seal was verified a moment ago; otherwise it is verified now.
+        source: A published checkpoint; a path is verified first.
 
     Attributes:
         specs: Name in the checkpoint -> tensor on the meta device.
 
     Raises:
-        CheckpointError: The seal is broken, or the checkpoint carries code.
+        CheckpointError: The seal is broken, or the checkpoint's index is none.
     """
 
-    def __init__(self, folder: Path, *, verified: bool = False) -> None:
-        if not verified:
-            verify(folder)
-        refuse_code(folder)
-        self._reader = _Reader(folder / "sharded")
-        entries = self._reader.read_metadata().state_dict_metadata
+    def __init__(self, source: Path | Verified) -> None:
+        found = source if isinstance(source, Verified) else sealed.verify(source)
+        self._reader = IndexedReader(found.folder / SHARDED)
         self.specs = {
             name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
-            for name, entry in entries.items()
+            for name, entry in self._reader.read_metadata().state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
 
     def read(self, name: str) -> Tensor:
         """The whole tensor, on the CPU."""
         tensor = torch.empty_like(self.specs[name], device="cpu")
-        with _one_process():
-            dcp.load({name: tensor}, storage_reader=self._reader, no_dist=True)
+        # `torch.distributed.checkpoint.load` for one process, without its talk to other ranks.
+        plan = dcp.DefaultLoadPlanner(flatten_state_dict=False)
+        plan.set_up_planner({name: tensor}, self._reader.read_metadata(), is_coordinator=True)
+        self._reader.read_data(plan.create_local_plan(), plan).wait()
         return tensor
-
-
-class _Reader(FileSystemReader):
-    """Reads the table of contents once, not for every tensor."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self._contents: Metadata | None = None
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        if self._contents is None:
-            self._contents = super().read_metadata(*args, **kwargs)
-        return self._contents

@@ -19,6 +19,8 @@ REDACTED = "***"
 RESUME_MAY_CHANGE = (
     "parallel",
     "precision.backend",
+    "recompute",
+    "optim.fuse_grad_accumulation",
     "optim.overlap_grad_reduce",
     "optim.overlap_param_gather",
     "data.num_workers",
@@ -26,6 +28,9 @@ RESUME_MAY_CHANGE = (
     "data.sources.*.path",
     "trainer.max_bad_steps",
     "trainer.threads",
+    "trainer.check_replicas_every",
+    "trainer.stall_timeout_s",
+    "trainer.time_limit_s",
     "checkpoint",
     "evaluation",
     "logging",

@@ -151,12 +151,14 @@ class ParallelConfig:
         sequence_parallel: Split the residual stream between layers over the tensor parallel ranks as well.
         mamba_context: With cp > 1, `state_passing` scans every rank's own tokens and hands states on; `head_exchange`
             turns token shares into head shares and back.
+        collective_timeout_s: A collective that takes longer ends the run: some rank does not come.
     """
 
     tp: int = 1
     cp: int = 1
     sequence_parallel: bool = False
     mamba_context: str = "state_passing"
+    collective_timeout_s: float = 1200.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +172,23 @@ class PrecisionConfig:
 
     params: str = "fp32"
     backend: str = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecomputeConfig:
+    """What the backward pass makes again instead of having kept it. Results do not depend on it.
+
+    Attributes:
+        language: `none`; `selective` makes outputs of norms, of the squared ReLU and of the Mamba layers' gated norm
+            again; `full` keeps the input of each layer alone and runs it again.
+        language_layers: With `full`, so many layers from the first; all of them when None.
+        vision: `none`, `selective` (norms and GELU) and `full` likewise; `tiles` keeps pixels alone and encodes a few
+            tiles at a time again, which takes the same memory for any number of tiles.
+    """
+
+    language: str = "none"
+    language_layers: int | None = None
+    vision: str = "none"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +207,10 @@ class OptimConfig:
         overlap_grad_reduce: Reduce the language model's gradients while its backward pass still runs.
         overlap_param_gather: Collect its updated weights while the next forward pass already runs; needs `distributed`
             and `overlap_grad_reduce`.
+        states: `fp32` keeps gradients, master weights and moments in float32; `bf16_moments` keeps moments in bfloat16
+            and of the float32 master weight only the 16 bits that the bfloat16 weight lacks; `lean` has bfloat16
+            gradients as well. The last two need `distributed` and Transformer Engine.
+        fuse_grad_accumulation: Transformer Engine's linears add weight gradients to the optimizer's buffer themselves.
     """
 
     lr: float = 2e-5
@@ -202,6 +225,8 @@ class OptimConfig:
     distributed: bool = True
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
+    states: str = "fp32"
+    fuse_grad_accumulation: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,6 +241,12 @@ class TrainerConfig:
         max_bad_steps: Steps with a non-finite loss or gradient norm that are skipped before the run stops.
         init_from: Checkpoint folder (or run stage) whose weights the run starts from; random weights when None.
         threads: PyTorch threads of a CPU process; 0 keeps PyTorch's choice.
+        spike_sigma: A step whose loss or gradient norm is this many standard deviations above the mean of the last 128
+            changes nothing and counts as bad; 0 takes every finite step.
+        check_replicas_every: Steps between two comparisons of the weights that ranks hold alike; 0 for none.
+        stall_timeout_s: Without progress for so long, all stacks are written and the run ends; 0 waits for ever. The
+            first step has three times as long.
+        time_limit_s: Seconds after which the run has to be over, its save included; 0 takes the end of the SLURM job.
     """
 
     steps: int = 100
@@ -225,14 +256,32 @@ class TrainerConfig:
     max_bad_steps: int = 10
     init_from: str | None = None
     threads: int = 0
+    spike_sigma: float = 0.0
+    check_replicas_every: int = 100
+    stall_timeout_s: float = 1800.0
+    time_limit_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When to save and what to keep."""
+    """When to save and what to keep. A checkpoint stays when any of the three rules holds it.
+
+    Attributes:
+        keep_last: Newest checkpoints that stay.
+        keep_every: Those whose step divides by this stay; 0 for none.
+        keep_best: Those of the lowest mean loss over the last 128 steps that stay; 0 for none.
+        in_background: Training goes on while a checkpoint is written.
+        grace_s: Seconds between the scheduler's signal and the kill; a save that is too slow for it is warned about.
+        accept_changes: Options that this start may change in a run that decides its result by them.
+    """
 
     every_steps: int = 100
     keep_last: int = 2
+    keep_every: int = 0
+    keep_best: int = 0
+    in_background: bool = True
+    grace_s: float = 120.0
+    accept_changes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,6 +367,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

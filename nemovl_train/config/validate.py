@@ -23,8 +23,13 @@ VISION_ACTIVATIONS = ("gelu", "gelu_tanh")
 PARAMS = ("fp32", "bf16")
 BACKENDS = ("auto", "te", "torch")
 DIVISORS = ("global", "pack")
+LANGUAGE_RECOMPUTE = ("none", "selective", "full")
+STATES = ("fp32", "bf16_moments", "lean")
+VISION_RECOMPUTE = ("none", "selective", "full", "tiles")
 MAKERS = ("none", "tiny")
 GPUS = ("h100_80gb", "h200_141gb")
+MOST_BF16_SUMS = 8
+"""Micro-batches of a step whose gradients are added up in bfloat16, which has 8 bits: more would lose small ones."""
 PIXEL_SHUFFLE = 2
 """Patches on a side that the projector joins into one token."""
 
@@ -44,6 +49,7 @@ def validate_run(config: RunConfig, *, world_size: int | None = None) -> list[st
         *_tokens(config),
         *_data(config),
         *_precision_and_optim(config),
+        *_recompute(config),
         *_trainer(config),
         *_rest(config),
         *_layout(config),
@@ -64,9 +70,18 @@ def world_problems(config: RunConfig, world_size: int) -> list[str]:
         return [f"{world_size} processes: at least 1"]
     problems = layout_problems(config.parallel, world_size)
     group = config.parallel.tp * config.parallel.cp
-    if problems or world_size // group <= config.trainer.global_batch:
+    if problems:
         return problems
     dp = world_size // group
+    most = MOST_BF16_SUMS * dp
+    if config.optim.states == "lean" and config.trainer.global_batch > most:
+        return [
+            f"optim.states=lean: {config.trainer.global_batch} packs over {dp} data parallel ranks would add up more "
+            f"than {MOST_BF16_SUMS} gradients in bfloat16 (trainer.global_batch of at most {most}); set "
+            "optim.states=bf16_moments"
+        ]
+    if dp <= config.trainer.global_batch:
+        return []
     return [
         f"trainer.global_batch={config.trainer.global_batch}: {dp} data parallel ranks would share it, some would "
         f"never see data; use at least {dp}, or at most {config.trainer.global_batch * group} processes"
@@ -268,14 +283,36 @@ def _precision_and_optim(config: RunConfig) -> Iterator[str]:
             "optim.overlap_param_gather=true needs optim.distributed=true and optim.overlap_grad_reduce=true; "
             "set both, or optim.overlap_param_gather=false"
         )
+    yield from _choice("optim.states", optim.states, STATES)
+    if optim.states in STATES[1:]:
+        needed = {"precision.params": ("bf16", config.precision.params), "optim.distributed": (True, optim.distributed)}
+        for key, (value, found) in needed.items():
+            if found != value:
+                yield f"optim.states={optim.states} needs {key}={str(value).lower()}; set it, or optim.states=fp32"
+        if config.precision.backend == "torch":
+            yield f"optim.states={optim.states} needs precision.backend=te (its fused Adam); nearest: optim.states=fp32"
+
+
+def _recompute(config: RunConfig) -> Iterator[str]:
+    recompute, layers = config.recompute, config.model.language.num_layers
+    yield from _choice("recompute.language", recompute.language, LANGUAGE_RECOMPUTE)
+    yield from _choice("recompute.vision", recompute.vision, VISION_RECOMPUTE)
+    if recompute.language_layers is not None:
+        yield from _within("recompute.language_layers", recompute.language_layers, 1, layers)
+        if recompute.language != "full":
+            yield (
+                f"recompute.language_layers={recompute.language_layers} counts with recompute.language=full alone; "
+                "set that, or recompute.language_layers=null"
+            )
 
 
 def _trainer(config: RunConfig) -> Iterator[str]:
     trainer = config.trainer
     for key in ("steps", "global_batch"):
         yield from _at_least(f"trainer.{key}", getattr(trainer, key), 1)
-    for key in ("max_bad_steps", "threads", "seed"):
+    for key in ("max_bad_steps", "threads", "seed", "spike_sigma", "check_replicas_every", "time_limit_s"):
         yield from _at_least(f"trainer.{key}", getattr(trainer, key), 0)
+    yield from _timeouts(config)
     parts = config.model.parts
     for key, names in (("model.parts", parts), ("trainer.train", trainer.train)):
         for name in names:
@@ -289,10 +326,23 @@ def _trainer(config: RunConfig) -> Iterator[str]:
         yield f"model.parts={list(parts)}: vision and projector come together; use all three or language alone"
 
 
+def _timeouts(config: RunConfig) -> Iterator[str]:
+    stall, collective = config.trainer.stall_timeout_s, config.parallel.collective_timeout_s
+    yield from _at_least("trainer.stall_timeout_s", stall, 0)
+    yield from _positive("parallel.collective_timeout_s", collective)
+    if 0 < stall <= collective:
+        yield (
+            f"trainer.stall_timeout_s={stall:g}: above parallel.collective_timeout_s = {collective:g}, so that the "
+            f"collective that is stuck gets to say so; nearest: {collective * 1.5:g}, or 0 to watch nothing"
+        )
+
+
 def _rest(config: RunConfig) -> Iterator[str]:
     yield from _at_least("checkpoint.every_steps", config.checkpoint.every_steps, 1)
     # Retention must never remove the last good checkpoint.
     yield from _at_least("checkpoint.keep_last", config.checkpoint.keep_last, 1)
+    for key in ("keep_every", "keep_best", "grace_s"):
+        yield from _at_least(f"checkpoint.{key}", getattr(config.checkpoint, key), 0)
     yield from _at_least("evaluation.max_samples", config.evaluation.max_samples, 1)
     yield from _at_least("evaluation.predictions", config.evaluation.predictions, 0)
     if not config.evaluation.split:

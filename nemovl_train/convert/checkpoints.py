@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from data_pipelines.config import DataConfig
 from nemovl_train.checkpoint import sealed
+from nemovl_train.checkpoint.sealed import Verified
 from nemovl_train.checkpoint.streamed import StoredTensors, save_streamed
 from nemovl_train.config.build import build
 from nemovl_train.config.dump import load_yaml
@@ -127,8 +128,8 @@ def export_checkpoint(
     Raises:
         ConversionError: No complete checkpoint, no tokenizer where one is needed, or `out` exists.
     """
-    folder, verified = _find(source)
-    info, tensors = _open(folder, verified=verified)
+    found = _find(source)
+    folder, (info, tensors) = found.folder, _open(found)
     kind = kind_of(info.config)
     tokenizer = tokenizer or info.tokenizer
     if kind != "vision" and tokenizer is None:
@@ -173,32 +174,34 @@ def save_as_checkpoint(
     """
     _refuse_existing(out)
     entries = {entry.ours: entry for entry in table(config, kind_of(config))}
+    new = [p for p in may_lack if not any(name.startswith(f"{ATTRIBUTES[p]}.") for name in tensors.specs)]
+    whole = _union(tensors, _initial(config, new, dtype, seed)) if new else tensors
+    problems = [f"no tensor for {n}" for n in entries if n not in whole.specs]
+    problems += [f"no parameter for {n}" for n in whole.specs if n not in entries]
+    problems += [
+        f"{n} has shape {list(s.shape)}, expected {list(entries[n].shape)}"
+        for n, s in whole.specs.items()
+        if n in entries and s.shape != entries[n].shape
+    ]
+    report(problems, "the tensors are not those of the model")
+    stored = to_stored(_in_formats(whole, entries, dtype), config.language)
+    root = out / CHECKPOINTS
+    root.mkdir(parents=True, exist_ok=True)
+    return save_streamed(
+        root,
+        0,
+        specs={name: spec.meta() for name, spec in stored.specs.items()},
+        read=stored.read,
+        state={"model": asdict(config), "dtype": dtype_name(dtype), **origin},
+        run_id=f"import/{config.name}",
+    )
+
+
+def _initial(config: ModelConfig, parts: Sequence[str], dtype: torch.dtype, seed: int) -> Tensors:
+    """Initial values of some parts, which depend on the seed and their names alone."""
     with single_process() as layout:
-        new = {
-            part: canonical_state(build_model(config, layout, params_dtype=dtype, parts=(part,), seed=seed))
-            for part in may_lack
-            if not any(name.startswith(f"{ATTRIBUTES[part]}.") for name in tensors.specs)
-        }
-        whole = _union(tensors, Tensors.of({n: t for state in new.values() for n, t in state.items()}))
-        problems = [f"no tensor for {n}" for n in entries if n not in whole.specs]
-        problems += [f"no parameter for {n}" for n in whole.specs if n not in entries]
-        problems += [
-            f"{n} has shape {list(s.shape)}, expected {list(entries[n].shape)}"
-            for n, s in whole.specs.items()
-            if n in entries and s.shape != entries[n].shape
-        ]
-        report(problems, "the tensors are not those of the model")
-        stored = to_stored(_in_formats(whole, entries, dtype), config.language)
-        root = out / CHECKPOINTS
-        root.mkdir(parents=True, exist_ok=True)
-        return save_streamed(
-            root,
-            0,
-            specs={name: spec.meta() for name, spec in stored.specs.items()},
-            read=stored.read,
-            state={"model": asdict(config), "dtype": dtype_name(dtype), **origin},
-            run_id=f"import/{config.name}",
-        )
+        model = build_model(config, layout, params_dtype=dtype, parts=parts, seed=seed)
+        return Tensors.of(canonical_state(model))
 
 
 def _union(first: Tensors, second: Tensors) -> Tensors:
@@ -229,13 +232,12 @@ def checkpoint_tensors(path: Path) -> tuple[CheckpointInfo, Tensors]:
     Raises:
         ConversionError: There is no complete checkpoint.
     """
-    folder, verified = _find(path)
-    return _open(folder, verified=verified)
+    return _open(_find(path))
 
 
-def _open(folder: Path, *, verified: bool) -> tuple[CheckpointInfo, Tensors]:
-    info = describe_checkpoint(folder)
-    return info, from_stored(StoredTensors(folder, verified=verified), info.config)
+def _open(found: Verified) -> tuple[CheckpointInfo, Tensors]:
+    info = describe_checkpoint(found.folder)
+    return info, from_stored(StoredTensors(found), info.config)
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -244,13 +246,12 @@ def find_checkpoint(path: Path) -> Path:
     Raises:
         ConversionError: There is none.
     """
-    return _find(path)[0]
+    return _find(path).folder
 
 
-def _find(path: Path) -> tuple[Path, bool]:
-    """The checkpoint, and whether its seal was verified on the way."""
+def _find(path: Path) -> Verified:
     if (path / "integrity.json").is_file():
-        return path, False
+        return sealed.verify(path)
     candidates = [path / CHECKPOINTS, path]
     schedule = path / "schedule.json"
     if schedule.is_file():
@@ -260,7 +261,7 @@ def _find(path: Path) -> tuple[Path, bool]:
     for root in candidates:
         found = sealed.latest(root)
         if found is not None:
-            return found, True
+            return Verified(found, sealed.read_seal(found))
     raise ConversionError(f"{path}: no complete checkpoint here; name a checkpoint, a stage folder or a run folder")
 
 

@@ -89,8 +89,8 @@ class ContextAttention(MegatronModule):
             parts = scatter_columns([t.flatten(1) for t in (query, key, value)], self.cp_group)
             query, key, value = (t.unflatten(1, (-1, width)) for t in parts)
             return gather_columns(self._plain(query, key, value, attn_mask_type, pack).flatten(1), self.cp_group)
-        seen = gather_tokens(torch.cat([key, value], dim=1), self.cp_group)[: pack.context.stop]
-        key, value = seen.chunk(2, dim=1)
+        gathered = gather_tokens(torch.cat([key, value], dim=1), self.cp_group)
+        key, value = keys_and_values(gathered, pack)
         return self._plain(query, key, value, AttnMaskType.causal_bottom_right, pack.own_queries)
 
     def _plain(self, query: Tensor, key: Tensor, value: Tensor, mask: AttnMaskType, pack: PackParams) -> Tensor:
@@ -98,6 +98,20 @@ class ContextAttention(MegatronModule):
 
     def _rotated(self, heads: Tensor, angles: Tensor) -> Tensor:
         return apply_rotary_pos_emb(heads.unsqueeze(1), angles, self.config, cp_group=self.cp_group).squeeze(1)
+
+
+def keys_and_values(gathered: Tensor, pack: PackParams) -> tuple[Tensor, Tensor]:
+    """Keys and values that a rank's queries can see.
+
+    Args:
+        gathered: [S, 2 * K, D], keys beside values, of all tokens of the pack.
+        pack: The pack and this rank's context in it.
+
+    Returns:
+        Two tensors of [end of the context - `first_key`, K, D].
+    """
+    key, value = gathered[pack.first_key : pack.context.stop].chunk(2, dim=1)
+    return key, value
 
 
 class TorchAttention(MegatronModule):

@@ -65,7 +65,13 @@ class PackBatch:
             labels=put(labels),
             loss_weight=put(pack.loss_weight[tokens]),
             supervised=put((labels >= 0).nonzero()[:, 0]),
-            params=PackParams.from_boundaries(put(pack.cu_seqlens), put(pack.seq_idx)[None], pack.max_seqlen, held),
+            params=PackParams.from_boundaries(
+                put(pack.cu_seqlens),
+                put(pack.seq_idx)[None],
+                pack.max_seqlen,
+                held,
+                first_key=int(pack.cu_seqlens[pack.seq_idx[held.start]]),
+            ),
             tiles=put(_rows(pack.tiles, dealt)),
         )
 

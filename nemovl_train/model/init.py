@@ -25,6 +25,7 @@ def init_weights(
     residual_additions: int = 1,
     tp_size: int = 1,
     tp_rank: int = 0,
+    device: torch.device | str = "cpu",
 ) -> None:
     """Fills every parameter in place.
 
@@ -37,10 +38,12 @@ def init_weights(
         residual_additions: Additions to the residual stream: layers of a hybrid stack, twice the layers of a ViT.
         tp_size: Size of the tensor parallel group of this part.
         tp_rank: This process's rank in it.
+        device: Where values are drawn. They depend on it; a GPU is quick, a CPU gives the same everywhere.
     """
     for name, parameter in module.named_parameters():
-        generator = torch.Generator().manual_seed(_key(seed, prefix + name))
-        whole = _draw(name, full_shape(parameter, tp_size), std, residual_additions)(generator)
+        generator = torch.Generator(device).manual_seed(_key(seed, prefix + name))
+        with torch.device(device):
+            whole = _draw(name, full_shape(parameter, tp_size), std, residual_additions)(generator)
         with torch.no_grad():
             parameter.copy_(local_part(whole, parameter, tp_size, tp_rank))
 

@@ -16,6 +16,7 @@ from nemovl_train.model.backend import Backend
 from nemovl_train.model.loss import token_loss
 from nemovl_train.model.mixer import PackedMambaMixer
 from nemovl_train.model.packing import PackParams
+from nemovl_train.model.recompute import squared_relu
 from nemovl_train.parallel import cpu
 from nemovl_train.parallel.layout import Layout
 
@@ -33,11 +34,6 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules  # noqa: E402
 from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules  # noqa: E402
-
-
-def squared_relu(x: Tensor) -> Tensor:
-    """relu(x)^2. megatron-core's own is compiled at first use, which needs a C++ compiler and seconds on a CPU."""
-    return F.relu(x).square()
 
 
 def language_transformer_config(

@@ -1,16 +1,24 @@
-"""Cross entropy over a vocabulary that tensor parallel ranks share, at supervised positions only.
+"""Output layer and cross entropy in one, at supervised positions only, over a vocabulary that ranks share.
 
-Shape legend: S tokens in a pack, M supervised ones, H hidden, V vocabulary rows of this rank.
+Logits exist for some rows at a time, in the weights' dtype; float32 exists for a block of their columns. Forward keeps
+one number a row, the log of the softmax's denominator; backward makes the logits again, turns them into their own
+gradient in place and multiplies. Tensor parallel ranks exchange three numbers a row, once.
+
+Shape legend: S tokens in a pack, M supervised ones, H hidden, V vocabulary rows of this rank, R ranks.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
+from nemovl_train.model.chunks import FLOAT_LOGITS, rows_at_a_time
 from nemovl_train.parallel import cpu
+from nemovl_train.parallel.exchange import every_rank
 
 cpu.install_if_no_cuda()
 
@@ -19,17 +27,13 @@ from megatron.core import tensor_parallel  # noqa: E402
 IGNORE = -100
 """Label of a position without a target."""
 
-# Positions whose logits exist at the same time; at 132,096 rows over TP 4 this is 0.27 GB in float32.
-CHUNK = 2048
-
 
 def token_loss(
-    hidden: Tensor, head: Any, labels: Tensor, supervised: Tensor | None = None, *, chunk: int = CHUNK
+    hidden: Tensor, head: Any, labels: Tensor, supervised: Tensor | None = None, *, chunk: int | None = None
 ) -> Tensor:
     """Cross entropy of every position. Weighting is the caller's: `(token_loss(...) * loss_weight).sum()`.
 
-    Logits are computed only where there is a label, `chunk` positions at a time, and again in backward instead of being
-    kept. Padding rows of the vocabulary are ordinary rows, as in the released weights.
+    Padding rows of the vocabulary are ordinary rows, as in the released weights.
 
     Args:
         hidden: [S, 1, H] after the final norm; this rank's part of S with sequence parallelism.
@@ -37,7 +41,7 @@ def token_loss(
         labels: [S] int64, the target predicted at each position, `IGNORE` where there is none. The same on every
             tensor parallel rank.
         supervised: [M] int64, positions with a target; None asks `labels`, which waits for the device.
-        chunk: Most positions at a time.
+        chunk: Most positions at a time; `rows_at_a_time` when None.
 
     Returns:
         [S] float32, zero where there is no label. Connected to the graph even if there is none anywhere, so that every
@@ -50,18 +54,111 @@ def token_loss(
         hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden, group=head.tp_group)
     positions = torch.nonzero(labels != IGNORE).squeeze(1) if supervised is None else supervised
     rows, targets = hidden.squeeze(1).index_select(0, positions), labels.index_select(0, positions)
-    pieces = zip(rows.split(chunk), targets.split(chunk), strict=True)
-    if len(positions) <= chunk:
-        losses = [_cross_entropy(r, head.weight, t, head.tp_group) for r, t in pieces]
+    chunk = chunk or rows_at_a_time(len(head.weight), head.weight.element_size())
+    losses = _LinearCrossEntropy.apply(rows, head.weight, targets, head.tp_group, chunk)
+    return torch.zeros(len(labels), device=hidden.device).index_copy(0, positions, losses)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """[M, H], [V, H], [M] -> [M] float32, the same on every rank of the group."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, weight: Tensor, targets: Tensor, group: dist.ProcessGroup, chunk: int
+    ) -> Tensor:
+        local = targets - group.rank() * len(weight)
+        found = [_statistics(F.linear(r, weight), t) for r, t in _chunks(chunk, rows, local)]
+        log_sum, own = _over_ranks(torch.cat(found, dim=1), group)
+        ctx.save_for_backward(rows, weight, local, log_sum)
+        ctx.chunk = chunk
+        return log_sum - own
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight, local, log_sum = ctx.saved_tensors
+        of_rows = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
+        total, of_weight = _weight_gradient(weight) if ctx.needs_input_grad[1] else (None, None)
+        begin = 0
+        for r, t, s, g in _chunks(ctx.chunk, rows, local, log_sum, grad):
+            logits = F.linear(r, weight)
+            _to_gradient(logits, t, s, g)
+            if of_rows is not None:
+                torch.mm(logits, weight, out=of_rows[begin : begin + len(r)])
+            if total is not None:
+                _add_product(total, logits, r)
+            begin += len(r)
+            del logits  # or two chunks' logits would exist while the next are made
+        if of_weight is None and total is not None:
+            of_weight = total.to(weight.dtype)
+        return of_rows, of_weight, None, None, None
+
+
+def _chunks(chunk: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(tensor.split(chunk) for tensor in tensors), strict=True)
+
+
+def _blocks(logits: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """First column of each block of columns, and the block."""
+    width = max(FLOAT_LOGITS // max(len(logits), 1), 1)
+    return ((begin, logits[:, begin : begin + width]) for begin in range(0, logits.shape[1], width))
+
+
+def _statistics(logits: Tensor, local: Tensor) -> Tensor:
+    """[3, M] float32: largest logit here, sum of exponentials relative to it, and the target's if it is here, else 0.
+
+    Args:
+        logits: [M, V].
+        local: [M] targets counted from this rank's first row; outside 0 to V - 1 where another rank has it.
+    """
+    largest = logits.amax(1).float()
+    total = torch.zeros_like(largest)
+    for _, block in _blocks(logits):
+        total += torch.sub(block, largest[:, None]).exp_().sum(1)
+    here = (local >= 0) & (local < logits.shape[1])
+    own = logits.gather(1, local.clamp(0, logits.shape[1] - 1)[:, None]).squeeze(1).float()
+    return torch.stack([largest, total, own * here])
+
+
+def _over_ranks(statistics: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """[3, M] of this rank -> log of the sum of all exponentials [M], and the targets' logits [M]."""
+    if group.size() == 1 or not statistics.shape[1]:
+        largest, total, own = statistics
+        return largest + total.log(), own
+    # All ranks add up the same numbers in the same order, so that their losses are equal bit by bit.
+    largests, totals, owns = every_rank(statistics, group).wait().unbind(1)
+    largest = largests.amax(0)
+    return largest + (totals * (largests - largest).exp()).sum(0).log(), owns.sum(0)
+
+
+def _to_gradient(logits: Tensor, local: Tensor, log_sum: Tensor, grad: Tensor) -> None:
+    """Replaces logits [M, V] by their gradient, (softmax - 1 at the target) * grad of the row's loss."""
+    for begin, block in _blocks(logits):
+        wide = torch.sub(block, log_sum[:, None]).exp_()
+        column = local - begin
+        here = (column >= 0) & (column < block.shape[1])
+        wide.scatter_add_(1, column.clamp(0, block.shape[1] - 1)[:, None], -here.to(wide.dtype)[:, None])
+        block.copy_(wide.mul_(grad[:, None]))
+
+
+def _weight_gradient(weight: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Where to add the weight's gradient, and what to hand to autograd when that is the optimizer's own buffer.
+
+    megatron-core's data parallel wrapper gives a parameter `main_grad` and, where it finds `grad_added_to_main_grad`
+    set, drops the gradient that autograd brings. Of that only the presence counts: it is a view of the same memory.
+    """
+    buffer = getattr(weight, "main_grad", None)
+    if buffer is None:
+        return torch.zeros(weight.shape, dtype=torch.float32, device=weight.device), None
+    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    return buffer, buffer.view(-1).view(weight.dtype)[: weight.numel()].view(weight.shape)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Adds left [M, V]^T right [M, H] to total [V, H], summed in float32."""
+    if total.dtype == left.dtype:
+        total.addmm_(left.t(), right)
+    elif left.is_cuda:
+        torch.addmm(total, left.t(), right, out_dtype=total.dtype, out=total)
     else:
-        losses = [
-            checkpoint(_cross_entropy, r, head.weight, t, head.tp_group, use_reentrant=False, preserve_rng_state=False)
-            for r, t in pieces
-        ]
-    return torch.zeros(len(labels), device=hidden.device).index_copy(0, positions, torch.cat(losses))
-
-
-def _cross_entropy(rows: Tensor, weight: Tensor, targets: Tensor, tp_group: Any) -> Tensor:
-    """[M, H], [V, H], [M] -> [M] float32."""
-    logits = F.linear(rows, weight).float()
-    return tensor_parallel.vocab_parallel_cross_entropy(logits, targets, tp_group=tp_group)
+        total.addmm_(left.t().to(total.dtype), right.to(total.dtype))

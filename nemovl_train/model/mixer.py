@@ -44,6 +44,7 @@ from nemovl_train.model.kernels import dispatch
 from nemovl_train.model.kernels.phases import ScanInputs, TokenGradients
 from nemovl_train.model.mamba_parts import GatedNorm, MambaParameters, MambaSizes, mark_split
 from nemovl_train.model.packing import PackParams, Piece
+from nemovl_train.model.recompute import can_be_remade
 from nemovl_train.parallel import cpu
 from nemovl_train.parallel.exchange import every_rank, gather_columns, scatter_columns
 
@@ -88,6 +89,7 @@ class PackedMambaMixer(MambaMixer):
         assert context in ("state_passing", "head_exchange")
         self.layer_number, self.pp_layer_offset = layer_number, pp_layer_offset
         self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
+        self.remakes_gated_norm = False
         self.exchanges_heads = context == "head_exchange" and self.cp_group.size() > 1
         self.chunk_size, self.d_conv, self.d_model = chunk_size, d_conv, d_model
         self.headdim, self.d_state = config.mamba_head_dim, config.mamba_state_dim
@@ -183,8 +185,13 @@ class PackedMambaMixer(MambaMixer):
         if self.exchanges_heads:
             inner = self._over_heads(projected, parameters, packed_seq_params)
         else:
-            inner = _inner(projected, parameters, self.sizes, packed_seq_params, self.cp_group)
-        return self.out_proj(inner.unsqueeze(1))
+            inner = _inner(
+                projected, parameters, self.sizes, packed_seq_params, self.cp_group, by_phases=self.remakes_gated_norm
+            )
+        inner, node = inner.unsqueeze(1), inner.grad_fn
+        if self.remakes_gated_norm and not self.exchanges_heads and node is not None:
+            inner = can_be_remade(inner, lambda into: _ScanAcrossRanks.norm_again(node, into.squeeze(1)))
+        return self.out_proj(inner)
 
     def _over_heads(self, projected: Tensor, parameters: MambaParameters, pack: PackParams) -> Tensor:
         """[L, all columns] -> [L, H * P], every rank scanning all tokens with its share of the heads."""
@@ -205,6 +212,8 @@ def _inner(
     sizes: MambaSizes,
     pack: PackParams,
     group: dist.ProcessGroup | None,
+    *,
+    by_phases: bool = False,
 ) -> Tensor:
     """Convolution, scan and gated norm of the tokens that are here: [L, all columns] -> [L, H * P].
 
@@ -214,11 +223,12 @@ def _inner(
         sizes: Sizes of these columns.
         pack: Boundaries.
         group: Ranks that hold the rest of the pack; None when all tokens are here.
+        by_phases: Take the form whose norm can be made again, even where nothing is handed on.
     """
     pieces = pack.pieces(whole=group is None, longest=sizes.longest_piece, halo=sizes.taps - 1)
     if group is not None and group.size() == 1:
         group = None
-    if len(pieces) > 1 or group is not None:
+    if len(pieces) > 1 or group is not None or by_phases:
         return _ScanAcrossRanks.apply(projected, *parameters.tensors(), sizes, pieces, group)
     return dispatch.mamba_inner(
         projected,
@@ -264,6 +274,17 @@ class _ScanAcrossRanks(torch.autograd.Function):
         ctx.save_for_backward(projected, *tensors, halos[0], piece_lefts, rank_lefts, *scanned, *kept, *states)
         ctx.sizes, ctx.pieces, ctx.group = sizes, pieces, group
         return out
+
+    @staticmethod
+    def norm_again(ctx: Any, into: Tensor) -> None:
+        """The output once more, [L, H * P], from the scan's."""
+        sizes, pieces = ctx.sizes, ctx.pieces
+        projected, weight = ctx.saved_tensors[0], ctx.saved_tensors[6]
+        kernels, gate = dispatch.phases(projected), sizes.split(projected)[0]
+        for piece, y in zip(pieces, ctx.saved_tensors[10:], strict=False):
+            kernels.gated_norm_forward(
+                *(y, gate[piece.tokens], weight, sizes.group_size, GATED_NORM_EPS), into=into[piece.tokens]
+            )
 
     @staticmethod
     @once_differentiable

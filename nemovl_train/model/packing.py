@@ -41,15 +41,17 @@ class PackParams(PackedSeqParams):
 
     Attributes:
         context: Positions of the tokens that this rank holds.
+        first_key: Start of the first document that this rank holds a token of.
         rotary: Rotary angles of these tokens, [L, 1, 1, D]; None for models without them.
     """
 
     context: range = field(default_factory=lambda: range(0))
+    first_key: int = 0
     rotary: Tensor | None = None
 
     @classmethod
     def from_boundaries(
-        cls, cu_seqlens: Tensor, seq_idx: Tensor, max_seqlen: int, context: range | None = None
+        cls, cu_seqlens: Tensor, seq_idx: Tensor, max_seqlen: int, context: range | None = None, first_key: int = 0
     ) -> "PackParams":
         """Describes a pack.
 
@@ -58,6 +60,7 @@ class PackParams(PackedSeqParams):
             seq_idx: [1, S] int32, number of the document of every token.
             max_seqlen: Longest document, rounded up at will; known on the host so that no kernel has to ask.
             context: Positions that this rank holds; all of them when None.
+            first_key: Start of the document of the first of them; known on the host.
         """
         assert seq_idx.shape[:-1] == (1,), f"seq_idx is [1, S], not {tuple(seq_idx.shape)}"
         return cls(
@@ -69,6 +72,7 @@ class PackParams(PackedSeqParams):
             seq_idx=seq_idx.contiguous(),
             pad_between_seqs=False,  # the tail of a pack is a document of its own
             context=range(seq_idx.shape[1]) if context is None else context,
+            first_key=first_key,
         )
 
     @cached_property
@@ -89,16 +93,16 @@ class PackParams(PackedSeqParams):
         """The same pack with only this rank's tokens as queries: of every document, those that it holds.
 
         Its keys end where this rank's tokens end, so that a document's last query and last key are one token, and a
-        causal mask aligned at the end is the right one.
+        causal mask aligned at the end is the right one. They begin at `first_key`: a document has keys only where it
+        has queries, since cuDNN leaves the gradients of keys that nothing asks for as it found the memory.
         """
-        held = self.context
-        queries = self.cu_seqlens_q.clamp(held.start, held.stop) - held.start
+        held, seen = self.context, range(self.first_key, self.context.stop)
         return PackParams(
             qkv_format="thd",
-            cu_seqlens_q=queries,
-            cu_seqlens_kv=self.cu_seqlens_kv.clamp(max=held.stop),
+            cu_seqlens_q=self.cu_seqlens_q.clamp(held.start, held.stop) - held.start,
+            cu_seqlens_kv=self.cu_seqlens_kv.clamp(seen.start, seen.stop) - seen.start,
             max_seqlen_q=min(self.max_seqlen_q, len(held)),
-            max_seqlen_kv=self.max_seqlen_kv,
+            max_seqlen_kv=min(self.max_seqlen_kv, len(seen)),
             seq_idx=self.seq_idx,
             pad_between_seqs=False,
             context=held,

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from nemovl_train.config.schema import ModelConfig, ProjectorConfig
 from nemovl_train.model.backend import Backend
-from nemovl_train.model.language import COMMON_OPTIONS, squared_relu
+from nemovl_train.model.language import COMMON_OPTIONS
+from nemovl_train.model.recompute import squared_relu
 from nemovl_train.parallel.layout import Layout
 
 # isort: split

@@ -14,9 +14,11 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from nemovl_train.config.schema import VisionConfig
 from nemovl_train.model.backend import Backend
+from nemovl_train.model.chunks import TILES_AT_A_TIME, TILES_ENCODED_AGAIN
 from nemovl_train.model.language import COMMON_OPTIONS
 from nemovl_train.parallel.layout import Layout
 
@@ -30,9 +32,6 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
-
-MAX_TILES_PER_CHUNK = 128
-"""Tiles that go through the tower at once; at the released size the widest activation is then 1.4 GB in bf16."""
 
 _SHUFFLE = 2
 """Patches along one side of the square that becomes one visual token."""
@@ -65,7 +64,8 @@ class VisionTower(RADIOViTModel):
             force_cpe_eval_mode=True,
             pg_collection=groups,
         )
-        self.max_tiles_per_chunk = MAX_TILES_PER_CHUNK
+        self.max_tiles_per_chunk = TILES_AT_A_TIME
+        self.keeps_pixels_only = False
         for name, values in (("pixel_mean", config.norm_mean), ("pixel_std", config.norm_std)):
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(3, 1, 1), persistent=False)
 
@@ -81,6 +81,9 @@ class VisionTower(RADIOViTModel):
         if tiles_T3PP.shape[0] == 0:
             tokens = (self.img_h // self.patch_dim // _SHUFFLE) ** 2
             return self.class_token.new_zeros(0, tokens, _SHUFFLE**2 * self.visual_hidden_size)
+        if self.keeps_pixels_only and torch.is_grad_enabled():
+            encode = partial(checkpoint, self._encode_chunk, use_reentrant=False, preserve_rng_state=False)
+            return torch.cat([encode(chunk) for chunk in tiles_T3PP.split(TILES_ENCODED_AGAIN)])
         return torch.cat([self._encode_chunk(chunk) for chunk in tiles_T3PP.split(self.max_tiles_per_chunk)])
 
     def normalize(self, tiles_T3PP: Tensor) -> Tensor:

@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemovl_train.config.schema import PARTS, ModelConfig
+from nemovl_train.config.schema import PARTS, ModelConfig, RecomputeConfig
 from nemovl_train.exceptions import ConfigError, DataError
 from nemovl_train.model.backend import Backend, select_backend
 from nemovl_train.model.batch import PackBatch
 from nemovl_train.model.init import init_weights
 from nemovl_train.model.language import LanguageModel, build_language_model, collect_weights
 from nemovl_train.model.projector import Projector
+from nemovl_train.model.recompute import recompute_fully, recompute_selectively
 from nemovl_train.model.vision import build_vision_tower
 from nemovl_train.parallel.exchange import exchange_rows, gather_tokens
 from nemovl_train.parallel.layout import Layout
@@ -254,6 +255,8 @@ def build_model(
     backend: str = "auto",
     parts: Sequence[str] | None = None,
     seed: int = 1234,
+    recompute: RecomputeConfig | None = None,
+    draw_on: torch.device | str = "cpu",
 ) -> NemotronVL:
     """Build the model, or some of its parts, on this process's device with initial weights.
 
@@ -266,6 +269,8 @@ def build_model(
         backend: `torch`, `te` or `auto`.
         parts: Parts to build; `config.parts` when None.
         seed: Seed of the initial weights.
+        recompute: What backward makes again; nothing when None.
+        draw_on: Where initial values are drawn; only those of a CPU are the same on every machine.
 
     Raises:
         UserError: The backend is unknown or cannot run here.
@@ -286,5 +291,21 @@ def build_model(
             residual_additions=additions[part],
             tp_size=groups.tp.size(),
             tp_rank=groups.tp.rank(),
+            device=draw_on,
         )
+    _set_recompute(model, recompute or RecomputeConfig())
     return model
+
+
+def _set_recompute(model: NemotronVL, recompute: RecomputeConfig) -> None:
+    if (language := model.language_model) is not None:
+        if recompute.language == "full":
+            recompute_fully(language.decoder.layers[: recompute.language_layers])
+        elif recompute.language == "selective":
+            recompute_selectively(language)
+    if (tower := model.vision_model) is not None:
+        if recompute.vision == "full":
+            recompute_fully(tower.decoder.layers)
+        elif recompute.vision == "selective":
+            recompute_selectively(tower)
+        tower.keeps_pixels_only = recompute.vision == "tiles"

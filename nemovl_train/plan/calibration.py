@@ -45,7 +45,7 @@ class Case:
     foreign_seconds: float = 0.0
 
 
-_STOCK = Policy(states=BF16_MOMENTS, fused_gated_norm=False, loss_chunk=None, head_everywhere=True)
+_STOCK = Policy(states=BF16_MOMENTS, fused_gated_norm=False, chunked_loss=False, head_everywhere=True)
 _BLOCK_44 = replace(_STOCK, full_recompute_layers=44)
 _NANO_12B = LanguageConfig(vocab_size=131072)
 _HALF_WIDTH = LanguageConfig(

@@ -5,21 +5,23 @@ tensor's width over tensor parallel ranks is divided by TP; inputs and outputs o
 sequence parallelism shares their tokens.
 """
 
+import math
 from dataclasses import dataclass, fields
 
 from nemovl_train.config.schema import LanguageConfig, RunConfig
+from nemovl_train.model.chunks import FLOAT_LOGITS, TILES_AT_A_TIME, TILES_ENCODED_AGAIN, rows_at_a_time
 from nemovl_train.model.flops import count_parameters
 from nemovl_train.plan.load import Grid, PackLoad
-from nemovl_train.plan.policy import TRAINER, Policy
+from nemovl_train.plan.policy import Policy, policy_of
 
 _TOWER_WIDTHS_KEPT = 16
 """Tower widths kept a token and block: norm in and out twice, q, k, v, attention out, and both sides of the GELU."""
 _TOWER_WIDTHS_LIVE = 10
 """Tower widths that exist at once in a block that keeps nothing."""
-_TOWER_CHUNK = 128
-"""Tiles that go through the tower at once."""
-_LOGIT_BYTES_LIVE = 16
-"""Of one logit in the chunk at work: bfloat16, float32, softmax, and the gradients of the first two."""
+_TOWER_WIDTHS_MADE_AGAIN = 6
+"""Of those, norms out twice and the GELU out: what selective recomputation drops."""
+_FLOAT_LOGIT_COPIES = 3
+"""Float32 numbers of a logit in the block at work, and its share in sums."""
 _LOGIT_BYTES_WHOLE = 2
 """Of one logit under a fused cross entropy, whose gradient takes the logits' place."""
 _WHOLE_COPIES = 3
@@ -60,15 +62,16 @@ class Memory:
         return {item.name: getattr(self, item.name) for item in fields(self)}
 
 
-def memory(config: RunConfig, grid: Grid, load: PackLoad, policy: Policy = TRAINER) -> Memory:
+def memory(config: RunConfig, grid: Grid, load: PackLoad, policy: Policy | None = None) -> Memory:
     """Memory of one rank.
 
     Args:
         config: Model, parts that train, number formats.
         grid: How ranks share the work.
         load: The pack; the one with the most tiles decides whether a run fits.
-        policy: What the training program keeps and recomputes.
+        policy: What the training program keeps and recomputes; by the config when None.
     """
+    policy = policy or policy_of(config)
     width = 4 if config.precision.params == "fp32" else 2
     size, tokens = config.model.language, load.seq_length / grid.cp
     has_language = "language" in config.model.parts
@@ -80,7 +83,7 @@ def memory(config: RunConfig, grid: Grid, load: PackLoad, policy: Policy = TRAIN
         activations=width * kept if has_language and needs_graph else 0.0,
         working=width * working if has_language else 0.0,
         vision=width * _vision(config, grid, load, policy),
-        logits=_logits(size, grid, load, policy) if has_language else 0.0,
+        logits=_logits(size, grid, load, policy, width) if has_language else 0.0,
         buffers=width * _WHOLE_COPIES * tokens * size.hidden_size,
     )
 
@@ -110,6 +113,8 @@ def _language(size: LanguageConfig, grid: Grid, tokens: float, policy: Policy, *
     kept = recomputed * size.hidden_size / residual
     kept += sum(one_layer[kind] for kind in size.hybrid_pattern[recomputed:])
     working = _backward_peak(size) / grid.tp
+    if policy.selective_recompute:
+        working += max(size.ffn_hidden_size, size.mamba_inner_size) / grid.tp + size.hidden_size / residual
     if recomputed:
         working += max(one_layer[kind] for kind in size.hybrid_pattern[:recomputed])
     return kept * tokens, working * tokens
@@ -120,8 +125,10 @@ def _kept(size: LanguageConfig, kind: str, grid: Grid, frozen: bool, policy: Pol
 
     A frozen linear does not keep its input: only its weight's gradient would need it.
     """
-    norm = size.hidden_size * (1 if frozen else 2)  # input, and output as the input of the projection
-    trained = 0 if frozen else 1
+    # Selective recomputation makes the inputs of linears again, but for the product of a SwiGLU.
+    made_again = policy.selective_recompute and (kind != "-" or size.activation != "swiglu")
+    norm = size.hidden_size * (1 if frozen or policy.selective_recompute else 2)  # in, and out for the projection
+    trained = 0 if frozen or made_again else 1
     if kind == "M":
         inner = size.mamba_inner_size
         channels = inner + 2 * size.mamba_num_groups * size.mamba_state_dim
@@ -156,20 +163,28 @@ def _vision(config: RunConfig, grid: Grid, load: PackLoad, policy: Policy) -> fl
     tiles = load.dealt_tiles(grid.pack_ranks)
     tower = model.vision
     tokens = (tower.tile_size // tower.patch_size) ** 2 + tower.prefix_tokens
-    kept = 0.0
-    live = min(tiles, _TOWER_CHUNK) * tokens * tower.hidden_size * _TOWER_WIDTHS_LIVE
+    kept, widths = 0.0, _TOWER_WIDTHS_LIVE
+    at_once = min(tiles, TILES_AT_A_TIME)
     if "vision" in trains:
-        widths = 1 if policy.tower_recompute else _TOWER_WIDTHS_KEPT
-        kept = tiles * tokens * tower.hidden_size * tower.num_layers * widths
-        live += min(tiles, _TOWER_CHUNK) * tokens * tower.hidden_size * (_TOWER_WIDTHS_KEPT - widths)
+        own = policy.tower_recompute
+        dropped = {"none": 0, "selective": _TOWER_WIDTHS_MADE_AGAIN, "full": _TOWER_WIDTHS_KEPT - 1}
+        if own == "tiles":
+            again = min(tiles, TILES_ENCODED_AGAIN)
+            kept = again * tokens * tower.hidden_size * tower.num_layers * _TOWER_WIDTHS_KEPT
+            at_once = again
+        else:
+            kept = tiles * tokens * tower.hidden_size * tower.num_layers * (_TOWER_WIDTHS_KEPT - dropped[own])
+            widths += dropped[own]
+    live = at_once * tokens * tower.hidden_size * widths
     joined = 4 * tower.hidden_size
     projector = 2 * joined + 2 * model.projector.ffn_hidden_size + model.language.hidden_size
     return kept + live + tiles * model.tokens_per_tile * projector
 
 
-def _logits(size: LanguageConfig, grid: Grid, load: PackLoad, policy: Policy) -> float:
+def _logits(size: LanguageConfig, grid: Grid, load: PackLoad, policy: Policy, width: int) -> float:
     rows = size.vocab_size / grid.tp
     positions = (load.seq_length if policy.head_everywhere else load.head_tokens) / grid.cp
-    if policy.loss_chunk is None:
+    if not policy.chunked_loss:
         return positions * rows * _LOGIT_BYTES_WHOLE
-    return min(positions, policy.loss_chunk) * rows * _LOGIT_BYTES_LIVE
+    logits = min(positions, rows_at_a_time(math.ceil(rows), width)) * rows
+    return logits * width + _FLOAT_LOGIT_COPIES * 4 * min(logits, FLOAT_LOGITS)

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from nemovl_train.config.schema import RunConfig
+from nemovl_train.config.validate import MOST_BF16_SUMS
 from nemovl_train.model.flops import count_parameters
 from nemovl_train.plan.hardware import GPU_TYPES, STORAGE_BYTES, Gpu
 from nemovl_train.plan.load import Grid, PackLoad, grid_of, heaviest, pack_of
 from nemovl_train.plan.memory import Memory, memory
-from nemovl_train.plan.policy import NOT_YET, TRAINER, Policy
+from nemovl_train.plan.policy import LEANER, Policy, leaner, policy_of
 from nemovl_train.plan.timing import StepTime, pack_flops, step_time
 from nemovl_train.plan.traffic import Flow, flows
 
@@ -108,13 +109,14 @@ class Plan:
         return self.checkpoint_bytes / STORAGE_BYTES
 
 
-def make_plan(config: RunConfig, policy: Policy = TRAINER) -> Plan:
+def make_plan(config: RunConfig, policy: Policy | None = None) -> Plan:
     """Plans a checked config.
 
     Args:
         config: A validated config.
-        policy: What the training program keeps and recomputes. Anything but `TRAINER` is a thought experiment.
+        policy: What the training program keeps and recomputes; by the config when None.
     """
+    policy = policy or policy_of(config)
     gpu, grid, load = GPU_TYPES[config.cluster.gpu], grid_of(config), pack_of(config)
     packs = math.ceil(config.trainer.global_batch / grid.dp)
     return Plan(
@@ -145,12 +147,18 @@ def packing_saves(plan: Plan) -> dict[str, float] | None:
 
 
 def would_fit(plan: Plan) -> dict[str, dict[str, Any]]:
-    """Peak of the pool under what training cannot do yet, for a run that does not fit; empty for one that does."""
+    """Peak of the pool with leaner options, for a run that does not fit; empty for one that does."""
     if plan.fits:
         return {}
     room = plan.gpu.memory_bytes - plan.gpu.outside_pool_bytes
-    totals = {name: memory(plan.config, plan.grid, plan.heaviest, policy).total for name, policy in NOT_YET.items()}
-    return {name: {"bytes": round(total), "fits": total <= room} for name, total in totals.items()}
+    rows = {}
+    for options in LEANER:
+        if options.get("optim.states") == "lean" and plan.packs_per_rank > MOST_BF16_SUMS:
+            continue
+        total = memory(leaner(plan.config, options), plan.grid, plan.heaviest).total
+        name = " ".join(f"{key}={value}" for key, value in options.items())
+        rows[name] = {"bytes": round(total), "fits": total <= room}
+    return rows
 
 
 def node_scaling(plan: Plan) -> list[dict[str, float]]:
@@ -213,9 +221,9 @@ def _does_not_fit(plan: Plan) -> Iterator[str]:
     if layout := _fitting_layout(plan):
         advice = f"set {layout}"
     elif helps:
-        advice = f"it would fit with {helps[0]}, which training cannot do yet"
+        advice = f"set {helps[0]}"
     else:
-        advice = "nothing planned makes it fit"
+        advice = "neither recomputation nor smaller optimizer states make it fit"
     yield f"does not fit: {lacks:.1f} GiB are missing on each {plan.gpu.name}; {advice}"
 
 
@@ -295,7 +303,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
             "device": plan.gpu.memory_bytes,
             "headroom": round(plan.headroom),
             "fits": plan.fits,
-            "not_yet_available": would_fit(plan),
+            "leaner_options": would_fit(plan),
         },
         "time": {
             "components": {name: round(value, 4) for name, value in plan.time.components().items()},

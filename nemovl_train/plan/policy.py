@@ -1,6 +1,8 @@
-"""How a training program spends memory and work. `TRAINER` is what `nemovl train` does; it has no other."""
+"""How a training program spends memory and work. `policy_of` says what `nemovl train` does with a config."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from nemovl_train.config.schema import RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,29 +31,51 @@ class Policy:
     Attributes:
         states: Bytes of gradient and optimizer state of a bfloat16 weight.
         full_recompute_layers: Language layers, from the first, that keep their input alone; None is all of them.
-        tower_recompute: The tower keeps each block's input alone.
+        selective_recompute: The other layers make outputs of norms, squared ReLU and gated norm again.
+        tower_recompute: `none`, `selective`, `full` or `tiles`, as in `recompute.vision`.
         fused_gated_norm: The gated norm keeps no input of its own: it is part of the scan's kernel or, over context
             parallel ranks, reads the scan's output again.
-        loss_chunk: Positions whose logits exist at a time, made again in backward; None is all at once.
+        chunked_loss: Logits exist for some positions at a time, made again in backward; else all at once.
         head_everywhere: Logits are made at every position, not at the supervised ones alone.
     """
 
     states: StateBytes = FP32_STATES
     full_recompute_layers: int | None = 0
-    tower_recompute: bool = False
+    selective_recompute: bool = False
+    tower_recompute: str = "none"
     fused_gated_norm: bool = True
-    loss_chunk: int | None = 2048
+    chunked_loss: bool = True
     head_everywhere: bool = False
 
 
-TRAINER = Policy()
-"""What `nemovl train` does in this version."""
+STATES = {"fp32": FP32_STATES, "bf16_moments": BF16_MOMENTS, "lean": LEAN_STATES}
 
-NOT_YET = {
-    "tower recomputed": Policy(tower_recompute=True),
-    "everything recomputed": Policy(tower_recompute=True, full_recompute_layers=None),
-    "everything recomputed, bfloat16 moments": Policy(
-        tower_recompute=True, full_recompute_layers=None, states=BF16_MOMENTS
-    ),
-}
-"""What training cannot do yet, from the least change to the largest: plans say which would make a run fit."""
+
+def policy_of(config: RunConfig) -> Policy:
+    """What `nemovl train` does with a config."""
+    recompute = config.recompute
+    return Policy(
+        states=STATES[config.optim.states],
+        full_recompute_layers=recompute.language_layers if recompute.language == "full" else 0,
+        selective_recompute=recompute.language == "selective",
+        tower_recompute=recompute.vision,
+    )
+
+
+LEANER = (
+    {"recompute.language": "selective", "recompute.vision": "full"},
+    {"recompute.language": "full", "recompute.vision": "full"},
+    {"recompute.language": "full", "recompute.vision": "tiles"},
+    {"recompute.language": "full", "recompute.vision": "full", "optim.states": "bf16_moments"},
+    {"recompute.language": "full", "recompute.vision": "tiles", "optim.states": "bf16_moments"},
+    {"recompute.language": "full", "recompute.vision": "tiles", "optim.states": "lean"},
+)
+"""Options that a plan tries for a run that does not fit, from the least cost to the largest."""
+
+
+def leaner(config: RunConfig, options: dict[str, str]) -> RunConfig:
+    """A config with such options."""
+    for key, value in options.items():
+        section, _, leaf = key.partition(".")
+        config = replace(config, **{section: replace(getattr(config, section), **{leaf: value})})
+    return config

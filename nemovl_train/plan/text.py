@@ -130,7 +130,7 @@ def _memory(plan: Plan) -> Iterator[str]:
     verdict = f"{plan.headroom / GIB:.1f} left" if plan.fits else f"{-plan.headroom / GIB:.1f} too much"
     yield f"  {'total':<18}{total:7.2f}  {verdict}"
     for name, row in would_fit(plan).items():
-        yield f"  not yet available: {name}: {row['bytes'] / GIB:.1f} GiB in the pool, fits: {_yes(row['fits'])}"
+        yield f"  with {name}: {row['bytes'] / GIB:.1f} GiB in the pool, fits: {_yes(row['fits'])}"
 
 
 def _time(plan: Plan) -> Iterator[str]:

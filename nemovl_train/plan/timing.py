@@ -9,7 +9,7 @@ from nemovl_train.config.schema import RunConfig
 from nemovl_train.model.flops import PackFlops, count_parameters, training_flops
 from nemovl_train.plan.hardware import GPU_TYPES, Gpu
 from nemovl_train.plan.load import Grid, PackLoad
-from nemovl_train.plan.policy import TRAINER, Policy
+from nemovl_train.plan.policy import Policy, policy_of
 from nemovl_train.plan.traffic import flows
 
 # Seconds on the profiled GPU; device memory bounds these kernels, so they scale with its copy rate.
@@ -69,7 +69,7 @@ class StepTime:
 
 
 def step_time(
-    config: RunConfig, grid: Grid, load: PackLoad, gpu: Gpu, *, packs: int, policy: Policy = TRAINER
+    config: RunConfig, grid: Grid, load: PackLoad, gpu: Gpu, *, packs: int, policy: Policy | None = None
 ) -> StepTime:
     """Seconds of one step.
 
@@ -81,6 +81,7 @@ def step_time(
         packs: Packs that one group of TP x CP ranks takes in the step.
         policy: What the training program keeps and recomputes.
     """
+    policy = policy or policy_of(config)
     work = pack_flops(config, load, policy)
     traffic = {flow.purpose: flow.seconds for flow in flows(config, grid, load, policy, gpu, packs=packs)}
     kernels = {name: packs * value for name, value in _kernels(config, grid, load, gpu, policy, work).items()}
@@ -98,7 +99,7 @@ def step_time(
     )
 
 
-def pack_flops(config: RunConfig, load: PackLoad, policy: Policy = TRAINER, *, useful: bool = False) -> PackFlops:
+def pack_flops(config: RunConfig, load: PackLoad, policy: Policy | None = None, *, useful: bool = False) -> PackFlops:
     """Model FLOPs of one pack.
 
     Args:
@@ -111,7 +112,7 @@ def pack_flops(config: RunConfig, load: PackLoad, policy: Policy = TRAINER, *, u
         config.model,
         document_lengths=load.documents if useful else load.computed_documents,
         num_tiles=load.tiles,
-        head_tokens=load.seq_length if policy.head_everywhere else load.head_tokens,
+        head_tokens=load.seq_length if policy and policy.head_everywhere else load.head_tokens,
         train=config.trainer.train,
     )
 
@@ -126,18 +127,22 @@ def _kernels(
     # A recomputed layer runs forward once more: a third of a trained layer's products, half of a frozen one's.
     recompute = 1 + again / size.num_layers / passes
     recompute_mixing = 1 + again / size.num_layers / 3
-    head = work.head if policy.loss_chunk is None else work.head * (1 + 1 / passes)
+    # Norms and activations run forward once more in either case.
+    elementwise = 4 / 3 if policy.selective_recompute else recompute_mixing
+    head = work.head * (1 + 1 / passes) if policy.chunked_loss else work.head
     layers = work.mamba + work.mlp + work.attention - work.attention_core
     slower = GPU_TYPES["h100_80gb"].copy_bytes / gpu.copy_bytes
     tokens = load.seq_length / grid.pack_ranks
     mamba_channels = size.hybrid_pattern.count("M") * size.mamba_inner_size
     share = load.dealt_tiles(grid.pack_ranks) / load.tiles if load.tiles else 0.0
-    tower = work.vision * (1 + policy.tower_recompute / 3 * ("vision" in config.trainer.train))
+    tower = work.vision * (
+        4 / 3 if policy.tower_recompute in ("full", "tiles") and "vision" in config.trainer.train else 1
+    )
     return {
         "matrices": (layers * recompute + head) / grid.pack_ranks / gpu.gemm_flops,
         "attention": work.attention_core * recompute_mixing / grid.pack_ranks / gpu.attention_flops,
         "mixer": slower * _MIXER * tokens * mamba_channels * recompute_mixing,
-        "elementwise": slower * _ELEMENTWISE * tokens * size.num_layers * size.hidden_size * recompute_mixing,
+        "elementwise": slower * _ELEMENTWISE * tokens * size.num_layers * size.hidden_size * elementwise,
         "vision": (tower / _TOWER_EFFICIENCY + work.projector) * share / gpu.gemm_flops,
     }
 

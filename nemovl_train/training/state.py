@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from nemovl_train.exceptions import CheckpointError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass
@@ -22,7 +22,9 @@ class TrainState:
         tokens_seen: Tokens of real samples (padding not counted) so far.
         tokens_supervised: Tokens that carried loss so far.
         tokens_visual: Image tokens so far.
-        bad_steps: Steps that changed nothing because loss or gradient norm was not finite.
+        bad_steps: Steps that changed nothing because loss or gradient norm was not finite, or a spike.
+        recent_losses: Losses of the last steps that were taken; spikes are judged by them.
+        recent_norms: Gradient norms of the same steps.
         seed: Seed of the run.
         plan_hash: Identity of the data order; a resumed run must reproduce it.
         config_hash: Identity of the options that decide the result.
@@ -35,6 +37,8 @@ class TrainState:
     tokens_supervised: int = 0
     tokens_visual: int = 0
     bad_steps: int = 0
+    recent_losses: list[float] = field(default_factory=list)
+    recent_norms: list[float] = field(default_factory=list)
     seed: int = 0
     plan_hash: str = ""
     config_hash: str = ""

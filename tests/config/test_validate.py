@@ -59,6 +59,11 @@ def changed(config, key: str, value):
         ("optim.warmup_fraction", 1.5, "nearest: 1"),
         ("optim.beta2", 1.0, "exclusive"),
         ("optim.loss_divisor", "mean", "choose from global, pack"),
+        ("optim.states", "lean", "needs precision.params=bf16"),
+        ("optim.states", "bf16", "did you mean bf16_moments?"),
+        ("recompute.language", "selectve", "did you mean selective?"),
+        ("recompute.vision", "0", "choose from none, selective, full, tiles"),
+        ("recompute.language_layers", 2, "recompute.language=full alone"),
         ("checkpoint.keep_last", 0, "at least 1"),
         ("data.packing", "balance", "did you mean balanced"),
         ("data.read.attempts", 0, "data.read.attempts=0: at least 1"),
@@ -124,6 +129,14 @@ def test_world_sizes(base: RunConfig):
     two = changed(base, "parallel.tp", 2)
     assert "3 processes" in world_problems(two, 3)[0]
     assert "use at least 16, or at most 4 processes" in world_problems(base, 16)[0]
+
+
+def test_bf16_gradients_are_added_up_a_few_times_only(base: RunConfig):
+    lean = changed(changed(base, "optim.states", "lean"), "trainer.global_batch", 64)
+    assert world_problems(lean, 8) == []
+    (problem,) = world_problems(lean, 4)
+    assert "at most 32" in problem
+    assert "optim.states=bf16_moments" in problem
 
 
 @pytest.mark.parametrize("name", ["nano_12b_v2_vl", "nano_8b_v1_vl"])

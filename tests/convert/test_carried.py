@@ -100,17 +100,14 @@ def test_what_training_changed_wins(foreign: Path, tmp_path: Path) -> None:
     stage = tmp_path / "run" / "sft"
     (stage / "checkpoints").mkdir(parents=True)
     (stage / "config.yaml").write_text(dump_yaml(run))
-    from nemovl_train.convert.checkpoints import single_process
-
-    with single_process():
-        save_streamed(
-            stage / "checkpoints",
-            5,
-            specs={n: s.meta() for n, s in stored.specs.items()},
-            read=stored.read,
-            state={"parent": str(parent), "step": 5},
-            run_id="run/sft",
-        )
+    save_streamed(
+        stage / "checkpoints",
+        5,
+        specs={n: s.meta() for n, s in stored.specs.items()},
+        read=stored.read,
+        state={"parent": str(parent), "step": 5},
+        run_id="run/sft",
+    )
     out = export_checkpoint(stage, tmp_path / "out", tokenizer=tmp_path / "ours" / "tokenizer")
     document = read_json(out / "config.json")
     assert document["llm_config"]["max_position_embeddings"] == 4096

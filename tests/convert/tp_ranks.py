@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from nemovl_train.checkpoint import sealed
+from nemovl_train.checkpoint import saving, sealed
 from nemovl_train.config.build import build
 from nemovl_train.config.schema import ModelConfig, ParallelConfig
 from nemovl_train.convert.tensor_files import read_json
@@ -63,7 +63,7 @@ def _rank(checkpoint: Path, out: Path, tp: int, rank: int, size: int, port: int)
     held = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
     save_file(held, out / f"rank{rank}.safetensors")
     (out / "checkpoints").mkdir(exist_ok=True)
-    sealed.save(out / "checkpoints", 0, model=model, optimizer=None, state=state, run_id="test")
+    saving.save(out / "checkpoints", 0, model=model, optimizer=None, state=state, run_id="test")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,12 @@ pytestmark = pytest.mark.gpu
 
 RANKS = torch.cuda.device_count()
 NAMES = [name for name, case in matrix.CASES.items() if RANKS > 1 and matrix.fits(case, RANKS)]
-CONTROLS = [name for name, case in matrix.CONTROLS.items() if RANKS > 1 and matrix.fits(case, RANKS)]
+# Weights that nobody waits for are a race, which NCCL on these small ones may win: gloo's ranks show it.
+CONTROLS = [
+    name
+    for name, case in matrix.CONTROLS.items()
+    if RANKS > 1 and matrix.fits(case, RANKS) and case.broken != "collection of weights"
+]
 FP32 = 1e-4
 SLACK = 1.5
 TIMEOUT_S = 400

@@ -11,7 +11,8 @@ IDS = torch.repeat_interleave(torch.arange(5), torch.tensor(LENGTHS)).int()
 
 def pack(context=None):
     ends = torch.tensor([0, *LENGTHS]).cumsum(0).int()
-    return PackParams.from_boundaries(torch.cat([ends, ends[-1:]]), IDS[None], 16, context)
+    first_key = 0 if context is None else int(ends[IDS[context.start]])
+    return PackParams.from_boundaries(torch.cat([ends, ends[-1:]]), IDS[None], 16, context, first_key)
 
 
 @pytest.mark.parametrize("context", [range(0, 32), range(0, 16), range(16, 32), range(8, 24)])
@@ -58,7 +59,9 @@ def test_own_queries_end_where_their_keys_end(context):
         document = (number == IDS).nonzero()[:, 0].tolist()
         mine = [i for i in document if i in context]
         seen = [i for i in document if i <= mine[-1]]
-        start = context.start
-        expected.add((range(mine[0] - start, mine[-1] + 1 - start), range(seen[0], seen[-1] + 1)))
+        start, first = context.start, params.first_key
+        expected.add((range(mine[0] - start, mine[-1] + 1 - start), range(seen[0] - first, seen[-1] + 1 - first)))
     assert found == expected
+    asked, seen = (cu.diff() for cu in (params.own_queries.cu_seqlens_q, params.own_queries.cu_seqlens_kv))
+    assert torch.equal(asked > 0, seen > 0), "keys that nothing asks for have no gradient, and cuDNN writes none"
     assert torch.equal(params.position_ids, torch.cat([torch.arange(n) for n in LENGTHS])[context.start : context.stop])

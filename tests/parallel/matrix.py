@@ -23,8 +23,8 @@ import torch.distributed as dist
 from matrix_packs import IMAGE, LENGTH, MODEL, MODELS, make_packs
 
 from data_pipelines.schema import Pack
-from nemovl_train.checkpoint import sealed
-from nemovl_train.config.schema import ModelConfig, OptimConfig, ParallelConfig
+from nemovl_train.checkpoint import saving, sealed
+from nemovl_train.config.schema import ModelConfig, OptimConfig, ParallelConfig, RecomputeConfig
 from nemovl_train.model import attention, mixer, vlm
 from nemovl_train.model.batch import PackBatch
 from nemovl_train.model.init import join_parts
@@ -60,6 +60,7 @@ class Case:
     longest_piece: int | None = None
     overlap: bool = False
     distributed: bool = False
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     steps: int = 0
     broken: str | None = None
 
@@ -72,6 +73,7 @@ class Case:
             longest_piece=None,
             overlap=False,
             distributed=False,
+            recompute=RecomputeConfig(),
             broken=None,
         )
 
@@ -151,7 +153,7 @@ def make_trainer(
     case: Case, config: ModelConfig, layout: Layout, backend: str = "torch", dtype: torch.dtype = torch.float32
 ) -> tuple[NemotronVL, Optimizers, OptimConfig]:
     """A model whose every tensor matters, and its optimizers."""
-    model = build_model(config, layout, params_dtype=dtype, backend=backend, seed=7)
+    model = build_model(config, layout, params_dtype=dtype, backend=backend, seed=7, recompute=case.recompute)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             scale = 1.0 if parameter.dim() == 1 or "vision_model" in name else 3.0
@@ -301,7 +303,7 @@ def move_checkpoint(folder: Path) -> None:
                 for parameter in model.parameters():
                     parameter.zero_()
             sealed.load(sealed.step_folder(folder / source, MOVED.steps), model=model, optimizer=optimizers)
-        sealed.save(folder / name, MOVED.steps, model=model, optimizer=optimizers, state={}, run_id="moved")
+        saving.save(folder / name, MOVED.steps, model=model, optimizer=optimizers, state={}, run_id="moved")
         found |= {f"{name} {n}": whole(p.detach(), p, n, layout) for n, p in model.named_parameters()}
         loss = train_step(model, optimizers, packs, layout, **options).loss
         found |= {f"{name}, loss of the next step": torch.tensor(loss)}
@@ -367,6 +369,20 @@ CASES |= {
     "cp4 sharded": Case(parallel=CP4, distributed=True, steps=3),
     "cp4 sharded, no image-side weights change": Case(parallel=CP4, distributed=True, steps=2, packs="text"),
 }
+SELECTIVE = RecomputeConfig(language="selective", vision="selective")
+CASES |= {
+    "tp2 cp2 sp selective": Case(parallel=TP2_CP2_SP, recompute=SELECTIVE),
+    "cp4 heads selective": Case(parallel=heads(CP4), recompute=SELECTIVE),
+    "tp2 sp dp2 selective": Case(parallel=TP2_SP, recompute=SELECTIVE),
+    "tp2 cp2 sp full": Case(parallel=TP2_CP2_SP, recompute=RecomputeConfig(language="full", vision="full")),
+    "cp4 full sharded overlap": Case(
+        parallel=CP4,
+        recompute=RecomputeConfig(language="full", vision="tiles"),
+        overlap=True,
+        distributed=True,
+        steps=3,
+    ),
+}
 CONTROLS: dict[str, Case] = {
     "states": Case(parallel=CP4, broken="states between ranks"),
     "state gradients": Case(parallel=CP4, broken="gradients of states between ranks"),
@@ -380,7 +396,7 @@ CONTROLS: dict[str, Case] = {
 }
 QUICK = (
     *("tp2 sp dp2", "tp2 cp2", "tp2 cp2 sp", "cp4", "cp4 heads", "cp4 few heads", "cp2 dp2 pieces", "cp2 dp2 first"),
-    "cp2 dp2 sharded overlap",
+    *("cp2 dp2 sharded overlap", "tp2 cp2 sp selective", "tp2 cp2 sp full"),
 )
 """The cheapest of each mechanism, for every run of the tests; the rest is for the whole matrix."""
 

@@ -28,3 +28,38 @@ def test_layouts_agree(tmp_path):
     for name, row in rows.items():
         assert row["loss_difference"] <= 5e-6, name
         assert row["grad_norm_difference"] <= 1e-5, name
+
+
+def test_training_cases_run_small(tmp_path):
+    """Every case's options, on as many CPU ranks as the case has GPUs at most two."""
+    sys.path.insert(0, str(BENCHMARKS))
+    from train_cases import FOLDER
+
+    names = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+    single = [name for name in names if "gpus:" not in (FOLDER / f"{name}.yaml").read_text()]
+    page = tmp_path / "page.txt"
+    for processes, chosen in ((1, single), (4, [name for name in names if name not in single])):
+        out = tmp_path / f"{processes}.json"
+        own = [sys.executable, str(BENCHMARKS / "train.py"), *chosen, "--small", "--out", str(out)]
+        subprocess.run([*own, "--profile", str(page)], check=True, timeout=900)
+        rows = json.loads(out.read_text())["rows"]
+        assert [row["case"] for row in rows] == chosen
+        for row in rows:
+            assert "failed" not in row, row
+            if row["case"] == "B9":
+                assert row["weight_gradient_error"] < 1e-5
+                assert row["hidden_gradient_error"] < 1e-5
+            else:
+                assert row["tokens_per_second_per_gpu"] > 0
+                assert row["loss_last"] < row["loss_first"]
+    assert page.read_text().count("## ") == len(names) - 1
+
+
+def test_a_profile_adds_up_kernels_and_gaps():
+    sys.path.insert(0, str(BENCHMARKS))
+    from profile_step import summary
+
+    kernels = [("nvjet_gemm", 0.0, 4.0), ("ncclDevKernel_AllGather", 3.0, 6.0), ("_chunk_scan_fwd_kernel", 8.0, 9.0)]
+    found = summary(kernels, wall=12.0)
+    assert found["kinds_ms"] == {"GEMM": 4.0, "collectives": 3.0, "scan chain": 1.0}
+    assert (found["busy_ms"], found["gap_ms"], found["launches"]) == (7.0, 5.0, 3)

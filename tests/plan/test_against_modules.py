@@ -88,7 +88,7 @@ def test_tower_and_projector_keep_what_is_planned(model):
     features = torch.randn(LOAD.tiles, SIZES.tokens_per_tile, 4 * 48, requires_grad=True)
     projector = kept_numbers(model, lambda: model.projector(features))
     everything = memory(TRAIN_ALL, Grid(), LOAD).vision
-    recomputed = memory(TRAIN_ALL, Grid(), LOAD, Policy(tower_recompute=True)).vision
+    recomputed = memory(TRAIN_ALL, Grid(), LOAD, Policy(tower_recompute="full")).vision
     # What recomputation saves is all of a block but its input; it adds one block's tensors to those at work.
     planned_tower = 2 * LOAD.tiles * 20 * 48 * 16
     assert (everything - recomputed) / 2 == pytest.approx(planned_tower * 15 / 16 * (1 - 1 / 2))

@@ -14,10 +14,11 @@ from nemovl_train.plan.hardware import GIB, GPU_TYPES
 from nemovl_train.plan.load import Grid, pack_of
 from nemovl_train.plan.memory import memory
 from nemovl_train.plan.planner import make_plan, node_scaling, warnings, would_fit
-from nemovl_train.plan.policy import TRAINER, Policy
+from nemovl_train.plan.policy import Policy, policy_of
 from nemovl_train.plan.search import search
 from nemovl_train.plan.traffic import flows
 
+KEPT = ("cluster=h100_x8", "recompute.language=none", "recompute.vision=none")
 MEASURED = Path(__file__).parents[2] / "benchmarks/results/2026-11-22_megatron_core_4xh100.json"
 
 
@@ -100,21 +101,23 @@ def test_memory_falls_as_it_should():
 
 
 def test_device_decides_what_fits():
-    assert not make_plan(recipe("stage3_code_recovery_49k", "cluster=h100_x8")).fits
-    bigger = make_plan(recipe("stage3_code_recovery_49k", "cluster=h100_x8", "cluster.gpu=h200_141gb"))
+    assert not make_plan(recipe("stage3_code_recovery_49k", *KEPT)).fits
+    bigger = make_plan(recipe("stage3_code_recovery_49k", *KEPT, "cluster.gpu=h200_141gb"))
     assert bigger.fits
     assert bigger.headroom == pytest.approx(143771 * 2**20 - 9 * GIB - bigger.memory.total)
     assert would_fit(bigger) == {}
 
 
-def test_what_does_not_fit_names_what_is_missing_as_not_available():
-    plan = make_plan(recipe("stage2_video_sft_49k", "cluster=h100_x8"))
+def test_what_does_not_fit_names_the_options_that_make_it_fit():
+    plan = make_plan(recipe("stage2_video_sft_49k", *KEPT))
     first = warnings(plan)[0]
     assert first.startswith("does not fit")
-    assert "training cannot do yet" in first
-    assert Policy() == TRAINER, "plans of recipes assume what the trainer does"
-    sizes = [row["bytes"] for row in would_fit(plan).values()]
-    assert sizes == sorted(sizes, reverse=True)
+    helping = next(options for options, row in would_fit(plan).items() if row["fits"])
+    assert f"set {helping}" in first
+    assert make_plan(recipe("stage2_video_sft_49k", "cluster=h100_x8", *helping.split())).fits
+    assert make_plan(recipe("stage2_video_sft_49k", "cluster=h100_x8")).fits, "the recipe asks for them"
+    assert Policy() == policy_of(plan.config), "the default recomputes nothing"
+    assert all(row["bytes"] < plan.memory.total for row in would_fit(plan).values())
 
 
 def test_what_fits_in_another_layout_says_which():
@@ -163,7 +166,7 @@ def test_traffic_by_hand():
     tokens = 16 * 311_296 / 8
     gathered = 6 * 2 * tokens * 7 * 2 * 128 * 2
     assert context.bytes_per_step == pytest.approx(gathered + 28 * 2 * 16 * 7 * 10240 * 128 * 4 / 8)
-    single = flows(config, Grid(), pack_of(config), TRAINER, GPU_TYPES["h100_80gb"], packs=1)
+    single = flows(config, Grid(), pack_of(config), Policy(), GPU_TYPES["h100_80gb"], packs=1)
     assert single == []
 
 
