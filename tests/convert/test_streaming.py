@@ -34,13 +34,16 @@ class Watched:
 def test_import_and_export_read_and_forget(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    largest = 112 * 32 * 4 * 2  # embedding (or the tower's positions), and the one before it
+    specs = tensor_files.TensorFolder(folders["vlm"]).specs.values()
+    # One that is written and the one before it, or the three of an attention layer, which are small.
+    allowed, total = 2 * max(s.nbytes for s in specs), sum(s.nbytes for s in specs)
+    assert total > 2 * allowed
     gc.collect()
     reading = Watched(monkeypatch, tensor_files.TensorFolder)
     import_checkpoint(folders["vlm"], tmp_path / "ours")
-    assert reading.total > 5 * largest
-    assert reading.peak <= largest + 2 * 96 * 32 * 4
+    assert reading.total >= total
+    assert reading.peak <= allowed
     stored = Watched(monkeypatch, StoredTensors)
     export_checkpoint(tmp_path / "ours", tmp_path / "hf")
-    assert stored.total > 5 * largest
-    assert stored.peak <= largest + 2 * 96 * 32 * 4
+    assert stored.total >= total - 24  # all but the two constants
+    assert stored.peak <= allowed
