@@ -7,7 +7,7 @@ from collections.abc import Callable
 from enum import IntEnum
 from pathlib import Path
 
-from nemovl_train.exceptions import ConfigError, UserError
+from nemovl_train.exceptions import ConfigError, RunFailedError, UserError
 
 EXIT_FILE = "NEMOVL_EXIT_FILE"
 """Environment variable of a launcher that cannot pass exit codes on: the file that receives the code instead."""
@@ -66,6 +66,9 @@ def _caught(call: Callable[[], int]) -> int:
         if not (isinstance(error, ConfigError) and os.environ.get("RANK", "0") != "0"):
             print(f"{_rank()}error: {error}", file=sys.stderr)
         return ExitCode.USAGE
+    except RunFailedError as error:
+        print(f"{_rank()}error: {error}", file=sys.stderr)
+        return ExitCode.FAILED
     except KeyboardInterrupt:
         print(f"{_rank()}interrupted", file=sys.stderr)
         return ExitCode.INTERRUPTED

@@ -21,6 +21,8 @@ class LanguageConfig:
         vocab_size: Rows of embedding and head as stored, padding included.
         base_vocab_size: Rows of the text-only model before the media tags were added.
         position: `none` (order comes from the Mamba layers) or `rope`.
+        rope_scaling_factor: Factor by which Llama 3.1 stretches long wavelengths (with its fixed bounds 1, 4 and 8,192
+            tokens); 1 stretches none.
     """
 
     hidden_size: int = 5120
@@ -39,6 +41,7 @@ class LanguageConfig:
     activation: str = "squared_relu"
     position: str = "none"
     rope_theta: float = 500000.0
+    rope_scaling_factor: float = 1.0
     max_position: int = 131072
     vocab_size: int = 132096
     base_vocab_size: int = 131072
@@ -89,10 +92,19 @@ class VisionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectorConfig:
-    """RMSNorm, linear, squared ReLU, linear; no biases."""
+    """Norm, linear, activation, linear.
+
+    Attributes:
+        norm: `rmsnorm`, or `layernorm` as in the predecessor.
+        activation: `squared_relu`, or `gelu` (exact) as in the predecessor.
+        bias: Both linears have biases, as in the predecessor.
+    """
 
     ffn_hidden_size: int = 20480
     norm_eps: float = 1e-5
+    norm: str = "rmsnorm"
+    activation: str = "squared_relu"
+    bias: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,12 +151,14 @@ class ParallelConfig:
         sequence_parallel: Split the residual stream between layers over the tensor parallel ranks as well.
         mamba_context: With cp > 1, `state_passing` scans every rank's own tokens and hands states on; `head_exchange`
             turns token shares into head shares and back.
+        collective_timeout_s: A collective that takes longer ends the run: some rank does not come.
     """
 
     tp: int = 1
     cp: int = 1
     sequence_parallel: bool = False
     mamba_context: str = "state_passing"
+    collective_timeout_s: float = 1200.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,6 +241,12 @@ class TrainerConfig:
         max_bad_steps: Steps with a non-finite loss or gradient norm that are skipped before the run stops.
         init_from: Checkpoint folder (or run stage) whose weights the run starts from; random weights when None.
         threads: PyTorch threads of a CPU process; 0 keeps PyTorch's choice.
+        spike_sigma: A step whose loss or gradient norm is this many standard deviations above the mean of the last 128
+            changes nothing and counts as bad; 0 takes every finite step.
+        check_replicas_every: Steps between two comparisons of the weights that ranks hold alike; 0 for none.
+        stall_timeout_s: Without progress for so long, all stacks are written and the run ends; 0 waits for ever. The
+            first step has three times as long.
+        time_limit_s: Seconds after which the run has to be over, its save included; 0 takes the end of the SLURM job.
     """
 
     steps: int = 100
@@ -236,14 +256,32 @@ class TrainerConfig:
     max_bad_steps: int = 10
     init_from: str | None = None
     threads: int = 0
+    spike_sigma: float = 0.0
+    check_replicas_every: int = 100
+    stall_timeout_s: float = 1800.0
+    time_limit_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When to save and what to keep."""
+    """When to save and what to keep. A checkpoint stays when any of the three rules holds it.
+
+    Attributes:
+        keep_last: Newest checkpoints that stay.
+        keep_every: Those whose step divides by this stay; 0 for none.
+        keep_best: Those of the lowest mean loss over the last 128 steps that stay; 0 for none.
+        in_background: Training goes on while a checkpoint is written.
+        grace_s: Seconds between the scheduler's signal and the kill; a save that is too slow for it is warned about.
+        accept_changes: Options that this start may change in a run that decides its result by them.
+    """
 
     every_steps: int = 100
     keep_last: int = 2
+    keep_every: int = 0
+    keep_best: int = 0
+    in_background: bool = True
+    grace_s: float = 120.0
+    accept_changes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

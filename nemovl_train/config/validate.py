@@ -17,6 +17,8 @@ from nemovl_train.parallel.legality import layout_problems
 
 ACTIVATIONS = ("squared_relu", "swiglu")
 POSITIONS = ("none", "rope")
+PROJECTOR_NORMS = ("rmsnorm", "layernorm")
+PROJECTOR_ACTIVATIONS = ("squared_relu", "gelu")
 VISION_ACTIVATIONS = ("gelu", "gelu_tanh")
 PARAMS = ("fp32", "bf16")
 BACKENDS = ("auto", "te", "torch")
@@ -163,7 +165,9 @@ def _language(config: RunConfig) -> Iterator[str]:
         yield f"{prefix}.hybrid_pattern={lm.hybrid_pattern!r}: M (Mamba-2), - (MLP) or * (attention) for each layer"
     for key in ("hidden_size", "head_dim", "ffn_hidden_size", "mamba_head_dim", "mamba_state_dim", "chunk_size"):
         yield from _positive(f"{prefix}.{key}", getattr(lm, key))
-    for key in ("norm_eps", "init_std", "rope_theta", "max_position", "conv_kernel", "base_vocab_size"):
+    for key in ("norm_eps", "init_std", "rope_theta", "rope_scaling_factor"):
+        yield from _positive(f"{prefix}.{key}", getattr(lm, key))
+    for key in ("max_position", "conv_kernel", "base_vocab_size"):
         yield from _positive(f"{prefix}.{key}", getattr(lm, key))
     yield from _divisible(
         f"{prefix}.num_attention_heads", lm.num_attention_heads, f"{prefix}.num_query_groups", lm.num_query_groups
@@ -211,6 +215,8 @@ def _tiles(config: RunConfig) -> Iterator[str]:
         yield f"data.tile_size={tile}: must equal model.vision.tile_size; nearest: {expected}"
     yield from _positive("model.projector.ffn_hidden_size", config.model.projector.ffn_hidden_size)
     yield from _positive("model.projector.norm_eps", config.model.projector.norm_eps)
+    yield from _choice("model.projector.norm", config.model.projector.norm, PROJECTOR_NORMS)
+    yield from _choice("model.projector.activation", config.model.projector.activation, PROJECTOR_ACTIVATIONS)
     if config.model.tokens_per_tile >= config.data.seq_length:
         yield (
             f"data.seq_length={config.data.seq_length}: one tile alone has {config.model.tokens_per_tile} tokens; "
@@ -304,8 +310,9 @@ def _trainer(config: RunConfig) -> Iterator[str]:
     trainer = config.trainer
     for key in ("steps", "global_batch"):
         yield from _at_least(f"trainer.{key}", getattr(trainer, key), 1)
-    for key in ("max_bad_steps", "threads", "seed"):
+    for key in ("max_bad_steps", "threads", "seed", "spike_sigma", "check_replicas_every", "time_limit_s"):
         yield from _at_least(f"trainer.{key}", getattr(trainer, key), 0)
+    yield from _timeouts(config)
     parts = config.model.parts
     for key, names in (("model.parts", parts), ("trainer.train", trainer.train)):
         for name in names:
@@ -319,10 +326,23 @@ def _trainer(config: RunConfig) -> Iterator[str]:
         yield f"model.parts={list(parts)}: vision and projector come together; use all three or language alone"
 
 
+def _timeouts(config: RunConfig) -> Iterator[str]:
+    stall, collective = config.trainer.stall_timeout_s, config.parallel.collective_timeout_s
+    yield from _at_least("trainer.stall_timeout_s", stall, 0)
+    yield from _positive("parallel.collective_timeout_s", collective)
+    if 0 < stall <= collective:
+        yield (
+            f"trainer.stall_timeout_s={stall:g}: above parallel.collective_timeout_s = {collective:g}, so that the "
+            f"collective that is stuck gets to say so; nearest: {collective * 1.5:g}, or 0 to watch nothing"
+        )
+
+
 def _rest(config: RunConfig) -> Iterator[str]:
     yield from _at_least("checkpoint.every_steps", config.checkpoint.every_steps, 1)
     # Retention must never remove the last good checkpoint.
     yield from _at_least("checkpoint.keep_last", config.checkpoint.keep_last, 1)
+    for key in ("keep_every", "keep_best", "grace_s"):
+        yield from _at_least(f"checkpoint.{key}", getattr(config.checkpoint, key), 0)
     yield from _at_least("evaluation.max_samples", config.evaluation.max_samples, 1)
     yield from _at_least("evaluation.predictions", config.evaluation.predictions, 0)
     yield from _validation(config.evaluation)

@@ -19,7 +19,9 @@ def add_convert_commands(subparsers: Any) -> None:
     verbs = parser.add_subparsers(metavar="VERB", required=True)
 
     importer = verbs.add_parser("import", help="Hugging Face folder -> checkpoint for trainer.init_from")
-    importer.add_argument("hf_dir", type=Path, metavar="HF_DIR", help="folder of a VLM, a text model or a tower")
+    importer.add_argument(
+        "hf_dir", metavar="HF_DIR", help="folder of a VLM, a text model or a tower, or hf:ORGANISATION/NAME@REVISION"
+    )
     importer.add_argument("--out", type=Path, required=True, help="new folder for the checkpoint")
     importer.set_defaults(run=_import)
 
@@ -41,10 +43,12 @@ def add_convert_commands(subparsers: Any) -> None:
 
 
 def _import(args: argparse.Namespace) -> int:
-    _need_folder(args.hf_dir)
+    from nemovl_train.convert.source import local_folder
+
+    folder = local_folder(args.hf_dir)
     from nemovl_train.convert.checkpoints import import_checkpoint
 
-    path = import_checkpoint(args.hf_dir, args.out)
+    path = import_checkpoint(folder, args.out, source=args.hf_dir if args.hf_dir.startswith("hf:") else None)
     _print(args, {"checkpoint": str(path)}, f"imported {args.hf_dir}; train with trainer.init_from={path}")
     return ExitCode.OK
 

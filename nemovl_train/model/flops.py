@@ -216,4 +216,6 @@ def _vision_parameters(size: VisionConfig) -> int:
 
 def _projector_parameters(vision: VisionConfig, size: ProjectorConfig, language: LanguageConfig) -> int:
     joined = _SHUFFLED_PATCHES * vision.hidden_size
-    return joined + size.ffn_hidden_size * (joined + language.hidden_size)
+    norm = joined * (2 if size.norm == "layernorm" else 1)
+    biases = size.ffn_hidden_size + language.hidden_size if size.bias else 0
+    return norm + biases + size.ffn_hidden_size * (joined + language.hidden_size)

@@ -22,6 +22,7 @@ from nemovl_train.config.schema import OptimConfig
 from nemovl_train.exceptions import UserError
 from nemovl_train.model.vlm import NemotronVL
 from nemovl_train.parallel.layout import Layout
+from nemovl_train.training.optimizer_state import load_state, sharded_state
 
 # isort: split
 # The layout module makes megatron-core importable without CUDA, so it comes first.
@@ -35,10 +36,9 @@ from megatron.core.optimizer import (
     get_standard_config_overrides,
 )
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32, get_grad_norm_fp32
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
-
-SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
 @dataclass
@@ -65,7 +65,7 @@ class Optimizers:
         self.optim = optim
         self.config = _optimizer_config(optim, params_dtype)
         self.sides: list[Side] = []
-        for name, module, groups in _sides(model, layout):
+        for name, module, groups in parts_of(model, layout):
             if any(p.requires_grad for p in module.parameters()):
                 ddp = DistributedDataParallel(
                     model.config,
@@ -108,11 +108,12 @@ class Optimizers:
         for side in self.sides:
             finalize_model_grads([side.ddp], None, pg_collection=side.groups)
 
-    def step(self, lr: float) -> float | None:
-        """Clip jointly and update, or change nothing when the gradient norm is not finite.
+    def step(self, lr: float, *, largest_norm: float = math.inf) -> float | None:
+        """Clip jointly and update, or change nothing when the gradient norm is not finite or too large.
 
         Args:
             lr: Learning rate of this update.
+            largest_norm: Above it nothing changes.
 
         Returns:
             Gradient norm before clipping, over all sides and ranks; None when nothing trains.
@@ -124,7 +125,7 @@ class Optimizers:
             group["weight_decay"] = self.optim.weight_decay * group.get("wd_mult", 1.0)
         self.chained.prepare_grads()
         norm = self._gradient_norm()
-        if not math.isfinite(norm):
+        if not math.isfinite(norm) or norm > largest_norm:
             return norm
         for side in self.sides:
             self._clip(side.optimizer.get_parameters(), norm)
@@ -172,26 +173,39 @@ class Optimizers:
     def sharded_state_dict(self, model_state: dict[str, Any], *, is_loading: bool = False) -> dict[str, Any]:
         """Optimizer state by side, reshardable to other TP, CP and DP sizes."""
         return {
-            side.name: side.optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=dict(SHARDING))
+            f"{side.name}.{number}": (
+                sharded_state(inner, model_state, is_loading=is_loading)
+                if isinstance(inner, DistributedOptimizer)
+                else inner.sharded_state_dict(model_state, is_loading=is_loading)
+            )
             for side in self.sides
+            for number, inner in enumerate(_chain(side.optimizer))
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `sharded_state_dict` described, after it was filled from disk."""
         for side in self.sides:
-            side.optimizer.load_state_dict(state[side.name])
+            for number, inner in enumerate(_chain(side.optimizer)):
+                load = load_state if isinstance(inner, DistributedOptimizer) else type(inner).load_state_dict
+                load(inner, state[f"{side.name}.{number}"])
 
     def num_parameters(self) -> int:
         """Trainable parameters held by this rank."""
         return sum(p.numel() for side in self.sides for p in side.ddp.module.parameters() if p.requires_grad)
 
 
-def _sides(model: NemotronVL, layout: Layout) -> Iterator[tuple[str, nn.Module, ProcessGroupCollection]]:
+def parts_of(model: NemotronVL, layout: Layout) -> Iterator[tuple[str, nn.Module, ProcessGroupCollection]]:
+    """What the model consists of, by the groups that share it: name of the side, module, groups."""
     if model.language_model is not None:
         yield "language", model.language_model, layout.language_groups
     visual = {name: getattr(model, name) for name in ("vision_model", "projector") if getattr(model, name) is not None}
     if visual:
         yield "vision", nn.ModuleDict(visual), layout.vision_groups
+
+
+def _chain(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """megatron-core chains an optimizer of dense parameters with one of experts; without experts it is alone."""
+    return optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
 
 
 def _ddp_config(optim: OptimConfig, *, overlap: bool) -> DistributedDataParallelConfig:

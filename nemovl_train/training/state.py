@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,12 @@ class TrainState:
         tokens_seen: Tokens of real samples (padding not counted) so far.
         tokens_supervised: Tokens that carried loss so far.
         tokens_visual: Image tokens so far.
-        bad_steps: Steps that changed nothing because loss or gradient norm was not finite.
         best_loss: Lowest held-out loss that was measured while training; infinite before the first measurement.
         best_step: Step of that measurement.
         stale_validations: Measurements since then.
+        bad_steps: Steps that changed nothing because loss or gradient norm was not finite, or a spike.
+        recent_losses: Losses of the last steps that were taken; spikes are judged by them.
+        recent_norms: Gradient norms of the same steps.
         seed: Seed of the run.
         plan_hash: Identity of the data order; a resumed run must reproduce it.
         config_hash: Identity of the options that decide the result.
@@ -42,6 +44,8 @@ class TrainState:
     best_loss: float = math.inf
     best_step: int = 0
     stale_validations: int = 0
+    recent_losses: list[float] = field(default_factory=list)
+    recent_norms: list[float] = field(default_factory=list)
     seed: int = 0
     plan_hash: str = ""
     config_hash: str = ""

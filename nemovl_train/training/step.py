@@ -24,6 +24,23 @@ from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipeli
 LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
 
 
+class StepDroppedError(Exception):
+    """A step was given up between two of its micro-batches: all ranks were asked to stop. No weight has changed."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a step may bring; beyond it nothing changes.
+
+    Attributes:
+        loss: Largest loss.
+        norm: Largest gradient norm.
+    """
+
+    loss: float = math.inf
+    norm: float = math.inf
+
+
 @dataclass(frozen=True)
 class StepResult:
     """What one step did, already summed over data parallel ranks.
@@ -31,7 +48,7 @@ class StepResult:
     Attributes:
         loss: Weighted mean cross entropy in nats, as optimised.
         grad_norm: Global gradient norm before clipping; None when nothing trains.
-        applied: False when a non-finite value kept the step from changing anything.
+        applied: False when a value that is not finite, or beyond its limit, kept the step from changing anything.
         tokens: Tokens of real samples in the step.
         supervised: Tokens that carried loss.
         visual: Image tokens.
@@ -83,6 +100,7 @@ def forward_backward(
     layout: Layout,
     *,
     telemetry: Telemetry | None = None,
+    between: Callable[[], bool] = lambda: False,
 ) -> torch.Tensor:
     """Run every pack as a micro-batch through megatron-core's schedule.
 
@@ -94,10 +112,20 @@ def forward_backward(
         scales: Factor on each pack's loss weights.
         layout: Owner of the process groups.
         telemetry: Hears of every pack's losses.
+        between: Asked between two micro-batches, with one answer on all ranks; True drops the step.
 
     Returns:
         Sum of the scaled losses of this rank's tokens, float32 scalar on the device.
+
+    Raises:
+        StepDroppedError: `between` said so.
     """
+
+    def batches() -> Iterator[PackBatch]:
+        for number, (pack, scale) in enumerate(zip(packs, scales, strict=True)):
+            if number and between():
+                raise StepDroppedError
+            yield PackBatch.from_pack(pack, layout).scaled(scale)
 
     def forward_step(iterator: Iterator[PackBatch], stage: NemotronVL) -> tuple[torch.Tensor, LossFunction]:
         batch = next(iterator)
@@ -112,7 +140,7 @@ def forward_backward(
 
     outputs = forward_backward_no_pipelining(
         forward_step_func=forward_step,
-        data_iterator=(PackBatch.from_pack(p, layout).scaled(s) for p, s in zip(packs, scales, strict=True)),
+        data_iterator=batches(),
         model=[model],
         num_microbatches=len(packs),
         seq_length=len(layout.context_tokens(len(packs[0].input_ids))),
@@ -132,25 +160,44 @@ def train_step(
     lr: float,
     divisor: str,
     telemetry: Telemetry | None = None,
+    limits: Limits = Limits(),
+    between: Callable[[], bool] = lambda: False,
+    before_update: Callable[[], None] = lambda: None,
 ) -> StepResult:
     """One optimizer step over this rank's packs.
 
-    A loss or gradient norm that is not finite on any rank leaves every parameter and moment on every rank as it was:
-    tensor parallel ranks compute one loss together, all others add theirs up.
+    A loss or gradient norm that is not finite on any rank, or beyond its limit, leaves every parameter and moment on
+    every rank as it was: tensor parallel ranks compute one loss together, all others add theirs up.
+
+    Args:
+        model: The model.
+        optimizers: Its optimizers.
+        packs: This rank's packs of the step.
+        layout: Owner of the process groups.
+        lr: Learning rate of the update.
+        divisor: As in `loss_scales`.
+        telemetry: Hears of every pack's losses.
+        limits: Largest loss and gradient norm that are taken.
+        between: As in `forward_backward`.
+        before_update: Called when gradients are there and weights are still those that made them.
+
+    Raises:
+        StepDroppedError: `between` said so.
     """
     began = time.perf_counter()
     scales = loss_scales(packs, divisor, layout)
     optimizers.zero_grad()
     if telemetry is not None:
         telemetry.begin()
-    loss = forward_backward(model, packs, scales, layout, telemetry=telemetry)
+    loss = forward_backward(model, packs, scales, layout, telemetry=telemetry, between=between)
     counts = _reduce_counts(loss, packs, layout)
-    finite = math.isfinite(counts[0])
-    grad_norm = optimizers.step(lr) if finite else math.nan
+    before_update()
+    wanted = math.isfinite(counts[0]) and counts[0] <= limits.loss
+    grad_norm = optimizers.step(lr, largest_norm=limits.norm) if wanted else math.nan
     return StepResult(
         loss=counts[0],
         grad_norm=grad_norm,
-        applied=finite and (grad_norm is None or math.isfinite(grad_norm)),
+        applied=wanted and (grad_norm is None or (math.isfinite(grad_norm) and grad_norm <= limits.norm)),
         tokens=int(counts[1]),
         supervised=int(counts[2]),
         visual=int(counts[3]),

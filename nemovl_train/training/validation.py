@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipelines.tokenizer import TextTokenizer
-from nemovl_train.checkpoint import sealed
+from nemovl_train.checkpoint import saving
 from nemovl_train.checkpoint.files import explain_disk_errors, replace_text
+from nemovl_train.checkpoint.retention import Keep
 from nemovl_train.evaluation.run import Score, evaluation_data, score_source
 from nemovl_train.parallel.agree import on_first_rank
 from nemovl_train.training.callbacks.metrics import truncate_after
@@ -77,8 +78,9 @@ class Validation:
         root = self.folder / BEST
         state = trainer.state.to_json()
         run_id = trainer.folder.run_id
-        path = sealed.save(root, trainer.state.step, model=trainer.model, optimizer=None, state=state, run_id=run_id)
-        sealed.retain(path, 1)
+        saving.save(
+            root, trainer.state.step, model=trainer.model, optimizer=None, state=state, run_id=run_id, keep=Keep(last=1)
+        )
 
     def _write(self, row: dict[str, Any]) -> None:
         with explain_disk_errors(self.folder), (self.folder / FILE).open("a") as file:

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from matrix_packs import IMAGE, LENGTH, MODEL, MODELS, make_packs
 
 from data_pipelines.schema import Pack
-from nemovl_train.checkpoint import sealed
+from nemovl_train.checkpoint import saving, sealed
 from nemovl_train.config.schema import ModelConfig, OptimConfig, ParallelConfig, RecomputeConfig
 from nemovl_train.model import attention, mixer, vlm
 from nemovl_train.model.batch import PackBatch
@@ -303,7 +303,7 @@ def move_checkpoint(folder: Path) -> None:
                 for parameter in model.parameters():
                     parameter.zero_()
             sealed.load(sealed.step_folder(folder / source, MOVED.steps), model=model, optimizer=optimizers)
-        sealed.save(folder / name, MOVED.steps, model=model, optimizer=optimizers, state={}, run_id="moved")
+        saving.save(folder / name, MOVED.steps, model=model, optimizer=optimizers, state={}, run_id="moved")
         found |= {f"{name} {n}": whole(p.detach(), p, n, layout) for n, p in model.named_parameters()}
         loss = train_step(model, optimizers, packs, layout, **options).loss
         found |= {f"{name}, loss of the next step": torch.tensor(loss)}

@@ -206,16 +206,16 @@ def test_changed_options_of_a_finished_stage_are_refused(finished, data, parts):
 
 
 def test_an_import_that_was_cut_off_is_made_again(finished, recipe, tmp_path, monkeypatch):
-    def cut_off(*args):
+    def cut_off(*args, **options):
         raise KeyboardInterrupt
 
-    seal = sealed._seal
-    monkeypatch.setattr(sealed, "_seal", cut_off)
+    seal = sealed.seal
+    monkeypatch.setattr(sealed, "seal", cut_off)
     config, run = compose(recipe, tmp_path / "runs"), tmp_path / "runs" / "chain"
     with pytest.raises(KeyboardInterrupt):
         chain.run(config)
     assert list((run / "parts" / "joined" / "checkpoints").glob(".writing_*"))
-    monkeypatch.setattr(sealed, "_seal", seal)
+    monkeypatch.setattr(sealed, "seal", seal)
     assert chain.prepare_parts(config, run) == ExitCode.OK
     assert not list((run / "parts" / "joined" / "checkpoints").glob(".writing_*"))
     assert_equal(tensors(run / "parts" / "joined"), tensors(finished[1] / "parts" / "joined"))

@@ -32,10 +32,10 @@ exec(sys.argv[2])
 sys.exit(guarded(lambda: trainer.run(load_yaml(RunConfig, Path(sys.argv[1])))))
 """
 FULL_DISK_ON_RANK_ZERO = """
-from megatron.core.dist_checkpointing import serialization
+from nemovl_train.checkpoint import sealed
 def full(*args):
     raise OSError(28, "No space left on device")
-serialization.save_config = full
+sealed.write_hashed = full
 """
 BAD_WEIGHT_ON_RANK_ONE = """
 from dataclasses import replace
