@@ -1,6 +1,6 @@
 """What checkpoints cost a run: steps without saves, with saves in the background, and with saves that are waited for.
 
-On a CPU, with a model of some ten million parameters:
+On a CPU, with 24 million parameters:
 
     python benchmarks/async_save.py --out benchmarks/results/async_save_cpu.json
 
@@ -45,7 +45,7 @@ from data_pipelines.schema import Pack
 
 MODES = ("none", "background", "waited for")
 SIZES = {
-    "10m": {"hidden_size": 256, "ffn_hidden_size": 1024, "heads": 8, "mamba_heads": 8, "layers": 4, "tokens": 1024},
+    "24m": {"hidden_size": 256, "ffn_hidden_size": 1024, "heads": 8, "mamba_heads": 8, "layers": 4, "tokens": 1024},
     "1b": {"hidden_size": 2048, "ffn_hidden_size": 8192, "heads": 16, "mamba_heads": 64, "layers": 8, "tokens": 8192},
 }
 
@@ -157,7 +157,7 @@ class Bench:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="10m")
+    parser.add_argument("--size", choices=SIZES, default="24m")
     parser.add_argument("--steps", type=int, default=50, help="steps of a mode in a round")
     parser.add_argument("--every", type=int, default=50, help="steps between two saves")
     parser.add_argument("--rounds", type=int, default=3)

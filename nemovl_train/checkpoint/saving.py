@@ -34,9 +34,11 @@ from nemovl_train.exceptions import CheckpointError
 from nemovl_train.parallel.agree import from_every_rank, on_first_rank
 
 # isort: split
+from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import torch as strategy
 from megatron.core.dist_checkpointing.strategies.state_dict_saver import save_state_dict_async_plan
+from megatron.core.dist_checkpointing.validation import determine_global_metadata, validate_sharding_integrity
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +79,7 @@ class Saver:
         self._save: _Save | None = None
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
+        self._planner = _Planner()
 
     @property
     def busy(self) -> bool:
@@ -109,7 +112,7 @@ class Saver:
         sharded: dict[str, Any] = {"model": model.sharded_state_dict()}
         if optimizer is not None:
             sharded["optimizer"] = optimizer.sharded_state_dict(sharded["model"])
-        plan, common = _plan(sharded)
+        plan, common = self._planner.plan(sharded)
         needed = sum(from_every_rank(plan.bytes))
         on_first_rank(lambda: _prepare(work, needed))
         self._save = _Save(step, work, final, plan, common, state)
@@ -257,14 +260,36 @@ def save(
     return folder
 
 
-def _plan(sharded: dict[str, Any]) -> tuple[PlannedFile, Any]:
-    """What this rank writes, by megatron-core's planning, and what is the same on all ranks. Collective."""
-    parts, common = save_preprocess(sharded)
-    flat, _, _ = strategy._replace_state_dict_keys_with_sharded_keys(parts, True)
-    plan = PlannedFile(dist.get_rank())
-    planner = strategy.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
-    save_state_dict_async_plan(strategy.mcore_to_pyt_state_dict(flat, False), plan, planner=planner)
-    return plan, common
+class _Planner:
+    """Plans files with megatron-core. The ranks exchange and check their plans once, and again when one changes."""
+
+    def __init__(self) -> None:
+        self._known: list[tuple[Any, ...]] | None = None
+        self._plans: tuple[Any, Any] = (None, None)
+
+    def plan(self, sharded: dict[str, Any]) -> tuple[PlannedFile, Any]:
+        """What this rank writes, and what is the same on all ranks. Collective."""
+        parts, common = save_preprocess(sharded, validate_access_integrity=False)
+        flat, _, _ = strategy._replace_state_dict_keys_with_sharded_keys(parts, True)
+        pieces = [_identity(item) for items in flat.values() for item in items]
+        # With thousands of tensors and hundreds of ranks the exchange takes seconds, and nearly never changes.
+        changed = any(from_every_rank(pieces != self._known))
+        if changed:
+            validate_sharding_integrity(determine_global_metadata(parts)[1], common_state_dict=common)
+        plan = PlannedFile(dist.get_rank())
+        planner = strategy.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+        tensors = strategy.mcore_to_pyt_state_dict(flat, False)
+        _, central, local, _, _ = save_state_dict_async_plan(
+            tensors, plan, planner=planner, cached_ckpt_structure=None if changed else (*self._plans, True)
+        )
+        self._known, self._plans = pieces, (central, local)
+        return plan, common
+
+
+def _identity(item: Any) -> tuple[Any, ...]:
+    """What of a sharded tensor or object its plan depends on."""
+    place = (item.key, item.global_shape, item.global_offset)
+    return (*place, item.local_shape, item.dtype) if isinstance(item, ShardedTensor) else place
 
 
 def _prepare(work: Path, needed: int) -> None:

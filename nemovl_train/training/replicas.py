@@ -47,7 +47,7 @@ def _different(module: torch.nn.Module, group: dist.ProcessGroup) -> list[str]:
     if not named:
         return []
     # XOR of all bits: any single flip shows. Viewed as integers of 64 bits, since that type crosses every backend.
-    hashes = torch.stack([torch.hash_tensor(parameter.detach()) for _, parameter in named]).view(torch.int64)
+    hashes = torch.stack([torch.hash_tensor(parameter.detach()).view(torch.int64) for _, parameter in named])
     gathered = [torch.empty_like(hashes) for _ in range(group.size())]
     dist.all_gather(gathered, hashes, group=group)
     columns = torch.stack(gathered).T.tolist()

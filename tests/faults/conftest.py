@@ -52,12 +52,19 @@ def nursery() -> Iterator[subprocess.Popen]:
 def run(nursery, tmp_path: Path) -> Callable[..., Ended]:
     """`run(config, ranks=2, fault=Fault(...))` starts a run and waits for its end."""
 
-    def start(config: RunConfig, *, ranks: int = 1, fault: object = None, timeout_s: float = 60) -> Ended:
+    def start(
+        config: RunConfig,
+        *,
+        ranks: int = 1,
+        fault: object = None,
+        timeout_s: float = 60,
+        kill_after_s: float | None = None,
+    ) -> Ended:
         out = tmp_path / "out"
         out.mkdir(exist_ok=True)
         (out / "config.yaml").write_text(dump_yaml(config))
         request = {"ranks": ranks, "config": str(out / "config.yaml"), "out": str(out), "timeout_s": timeout_s}
-        request["fault"] = asdict(fault) if fault is not None else None
+        request |= {"fault": asdict(fault) if fault is not None else None, "kill_after_s": kill_after_s}
         nursery.stdin.write(json.dumps(request) + "\n")
         nursery.stdin.flush()
         ready, _, _ = select.select([nursery.stdout], [], [], timeout_s + 30)

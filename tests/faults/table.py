@@ -64,7 +64,8 @@ ROWS = (
     ),
     Row(
         "a hang",
-        "stacks of every rank that still runs are in the stage folder, under `stacks`, with the collective that it waits in; exit 1",
+        "stacks of every rank that still runs are in the stage folder, under `stacks`, with the collective that it "
+        "waits in; exit 1",
         (
             f"{PROCESSES}::test_a_frozen_rank_is_named_by_the_stacks_of_the_others",
             f"{PROCESSES}::test_data_that_do_not_come_end_the_run_with_stacks_of_every_rank",
