@@ -192,6 +192,11 @@ def _verify_sealed(folder: Path, marker: Path, manifest: Path) -> dict[str, Any]
     return integrity
 
 
+def seal(folder: Path) -> str:
+    """Hash that identifies a published checkpoint with everything in it; `verify` says whether it holds."""
+    return (folder / "COMPLETE").read_text(encoding="utf-8").strip()
+
+
 def published(root: Path) -> list[Path]:
     """Checkpoint folders of a stage, oldest first; damaged ones included."""
     return sorted(path for path in root.glob("step_*") if path.is_dir()) if root.is_dir() else []

@@ -61,7 +61,6 @@ class Optimizers:
 
     def __init__(self, model: NemotronVL, layout: Layout, optim: OptimConfig, params_dtype: torch.dtype) -> None:
         self.optim = optim
-        self.config = _optimizer_config(optim, params_dtype)
         self.sides: list[Side] = []
         for name, module, groups in _sides(model, layout):
             if any(p.requires_grad for p in module.parameters()):
@@ -71,10 +70,11 @@ class Optimizers:
                     module,
                     pg_collection=groups,
                 )
+                config = _optimizer_config(optim, params_dtype, name)
                 optimizer = get_megatron_optimizer(
-                    self.config,
+                    config,
                     [ddp],
-                    config_overrides=_parameter_groups(self.config),
+                    config_overrides=_parameter_groups(config, optim),
                     use_gloo_process_groups=False,
                     pg_collection=groups,
                 )
@@ -108,7 +108,7 @@ class Optimizers:
         """Clip jointly and update, or change nothing when the gradient norm is not finite.
 
         Args:
-            lr: Learning rate of this update.
+            lr: Learning rate of this update; `optim.lr_scale` says what each part makes of it.
 
         Returns:
             Gradient norm before clipping, over all sides and ranks; None when nothing trains.
@@ -116,7 +116,7 @@ class Optimizers:
         if not self.sides:
             return None
         for group in self.chained.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * (group["max_lr"] / self.optim.lr)
             group["weight_decay"] = self.optim.weight_decay * group.get("wd_mult", 1.0)
         self.chained.prepare_grads()
         norm = float(self.chained.get_grad_norm())
@@ -171,8 +171,10 @@ def _ddp_config(optim: OptimConfig, *, overlap: bool) -> DistributedDataParallel
     )
 
 
-def _parameter_groups(config: OptimizerConfig) -> dict[ParamKey, ParamGroupOverride]:
-    """megatron-core's rule (no decay of vectors), and a group of its own for what stays float32 in a bf16 model.
+def _parameter_groups(config: OptimizerConfig, optim: OptimConfig) -> dict[ParamKey, ParamGroupOverride]:
+    """megatron-core's rule (no decay of vectors), and groups of their own for two kinds of parameters.
+
+    The projector's, where its learning rate is not the tower's; and what stays float32 in a bf16 model:
 
     megatron-core 0.19.2 moves a group's float32 parameters to its front but then looks each parameter's state up at its
     old place (`optimizer/distrib_optimizer.py`): in a mixed group a checkpoint would hold another parameter's moments.
@@ -181,13 +183,15 @@ def _parameter_groups(config: OptimizerConfig) -> dict[ParamKey, ParamGroupOverr
     if config.params_dtype != torch.float32:
         # An override is what makes a group; this one repeats the learning rate that every group gets anyway.
         groups[ParamKey(name=("*A_log", "*.D"))] = ParamGroupOverride(max_lr=config.lr)
+    if optim.lr_scale.projector != optim.lr_scale.vision:
+        groups[ParamKey(name="module.projector.*")] = ParamGroupOverride(max_lr=optim.lr * optim.lr_scale.projector)
     return groups
 
 
-def _optimizer_config(optim: OptimConfig, params_dtype: torch.dtype) -> OptimizerConfig:
+def _optimizer_config(optim: OptimConfig, params_dtype: torch.dtype, side: str) -> OptimizerConfig:
     return OptimizerConfig(
         optimizer="adam",
-        lr=optim.lr,
+        lr=optim.lr * (optim.lr_scale.language if side == "language" else optim.lr_scale.vision),
         min_lr=optim.min_lr,
         weight_decay=optim.weight_decay,
         adam_beta1=optim.beta1,

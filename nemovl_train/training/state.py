@@ -9,7 +9,7 @@ from typing import Any
 
 from nemovl_train.exceptions import CheckpointError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass
@@ -27,6 +27,7 @@ class TrainState:
         plan_hash: Identity of the data order; a resumed run must reproduce it.
         config_hash: Identity of the options that decide the result.
         parent: Checkpoint whose weights the run started from.
+        parent_seal: Hash that seals it. Checkpoints of adapters hold nothing of their base but this reference.
     """
 
     step: int = 0
@@ -39,6 +40,7 @@ class TrainState:
     plan_hash: str = ""
     config_hash: str = ""
     parent: str | None = None
+    parent_seal: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The state as a JSON object with its format version."""

@@ -13,15 +13,18 @@ import torch
 from data_pipelines.loader import PackStream
 from data_pipelines.schema import Pack
 from nemovl_train.checkpoint import sealed
+from nemovl_train.checkpoint.base import load_base
 from nemovl_train.config.dump import config_hash, redact, to_plain
 from nemovl_train.config.schema import RunConfig
 from nemovl_train.evaluation.run import evaluate_stage, refuse_unreadable_sets
 from nemovl_train.exceptions import CheckpointError, UserError
 from nemovl_train.exit_codes import ExitCode
+from nemovl_train.model.adapters import TrainedWeights, add_adapters
 from nemovl_train.model.backend import DTYPES
 from nemovl_train.model.vlm import build_model
 from nemovl_train.parallel.agree import from_every_rank, on_first_rank
 from nemovl_train.parallel.layout import Layout
+from nemovl_train.plan.trainable import trainable_text
 from nemovl_train.training.callbacks import Callback, MetricsFile, ProgressLine, trackers
 from nemovl_train.training.folder import StageFolder, resolve_checkpoint
 from nemovl_train.training.lr import learning_rate
@@ -81,11 +84,16 @@ class Trainer:
         self.model = build_model(
             config.model, layout, params_dtype=dtype, backend=config.precision.backend, seed=config.trainer.seed
         )
-        self.model.freeze(train=config.trainer.train)
         self.state = TrainState(seed=config.trainer.seed, config_hash=config_hash(config))
         resumed_from = folder.newest_checkpoint()
         if resumed_from is None:
             self._load_initial_weights()
+        elif config.adapter.rank:
+            load_base(resumed_from, self.model)
+        add_adapters(self.model, config.adapter, layout, seed=config.trainer.seed)
+        self.model.freeze(train=config.trainer.train)
+        # With adapters a checkpoint holds what trains, and names the one that holds the rest.
+        self.saved = TrainedWeights(self.model) if config.adapter.rank else self.model
         # Built after the initial weights: the distributed optimizer copies its fp32 master weights from them.
         self.optimizers = Optimizers(self.model, layout, config.optim, dtype)
         self.model.config.no_sync_func = self.optimizers.no_sync
@@ -94,6 +102,7 @@ class Trainer:
             self._restore(resumed_from)
         self.stream = self._open_stream()
         on_first_rank(lambda: refuse_unreadable_sets(config))
+        on_first_rank(lambda: log.info("what trains\n%s", trainable_text(config)))
         self.step_keys: tuple[str, ...] = ()
         self.callbacks: list[Callback] = []
         on_first_rank(self._add_callbacks)
@@ -137,7 +146,7 @@ class Trainer:
         path = sealed.save(
             self.folder.checkpoints,
             self.state.step,
-            model=self.model,
+            model=self.saved,
             optimizer=self.optimizers,
             state=self.state.to_json(),
             run_id=self.folder.run_id,
@@ -157,9 +166,10 @@ class Trainer:
                 f"{error}; remove {folder} and start what made it again: it continues from the checkpoint before"
             ) from error
         self.state.parent = str(folder)
+        self.state.parent_seal = on_first_rank(lambda: sealed.seal(folder))
 
     def _restore(self, folder: Path) -> None:
-        raw = sealed.load(folder, model=self.model, optimizer=self.optimizers)
+        raw = sealed.load(folder, model=self.saved, optimizer=self.optimizers)
         restored = TrainState.from_json(raw, folder / "state.json")
         for name in ("seed", "config_hash"):
             if getattr(restored, name) != getattr(self.state, name):

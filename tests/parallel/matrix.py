@@ -24,10 +24,11 @@ from matrix_packs import IMAGE, LENGTH, MODEL, MODELS, make_packs
 
 from data_pipelines.schema import Pack
 from nemovl_train.checkpoint import sealed
-from nemovl_train.config.schema import ModelConfig, OptimConfig, ParallelConfig
-from nemovl_train.model import attention, mixer, vlm
+from nemovl_train.config.schema import AdapterConfig, AdapterTargets, ModelConfig, OptimConfig, ParallelConfig
+from nemovl_train.model import attention, lora, mixer, vlm
+from nemovl_train.model.adapters import TrainedWeights, add_adapters
 from nemovl_train.model.batch import PackBatch
-from nemovl_train.model.init import join_parts
+from nemovl_train.model.init import full_shape, join_parts, local_part
 from nemovl_train.model.vlm import NemotronVL, build_model
 from nemovl_train.parallel.layout import Layout, shutdown
 from nemovl_train.training import optimizer
@@ -56,6 +57,7 @@ class Case:
     mode: str = "square"
     divisor: str = "global"
     train: tuple[str, ...] = ("vision", "projector", "language")
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     order: tuple[int, ...] = (0, 1, 2, 3)
     longest_piece: int | None = None
     overlap: bool = False
@@ -156,6 +158,8 @@ def make_trainer(
         for name, parameter in model.named_parameters():
             scale = 1.0 if parameter.dim() == 1 or "vision_model" in name else 3.0
             parameter.mul_(scale)
+    add_adapters(model, case.adapter, layout, seed=7)
+    _fill_adapters(model)
     model.freeze(train=case.train)
     optim = OptimConfig(
         lr=1e-3,
@@ -168,6 +172,14 @@ def make_trainer(
     model.config.no_sync_func = optimizers.no_sync
     model.config.finalize_model_grads_func = optimizers.reduce_gradients
     return model, optimizers, optim
+
+
+def _fill_adapters(model: NemotronVL) -> None:
+    """Second halves start at zero, where first halves have no gradient: give them values, the same in every layout."""
+    for number, (_, pair) in enumerate(lora.adapters(model)):
+        tp, generator = pair.groups.tp, torch.Generator().manual_seed(number)
+        values = torch.randn(full_shape(pair.lora_b, tp.size()), generator=generator) * 0.3
+        pair.lora_b.data.copy_(local_part(values, pair.lora_b, tp.size(), tp.rank()))
 
 
 def whole(tensor: torch.Tensor, parameter: torch.Tensor, name: str, layout: Layout) -> torch.Tensor:
@@ -226,6 +238,10 @@ def _kept_rows(rows, send, receive, group, original=vlm.exchange_rows):
     return original(rows, send, receive, group).roll(1, 0)
 
 
+def _low_uncopied(self, low, original=lora.Adapter._exchanged):
+    return low if self.column else original(self, low)
+
+
 BREAKS: dict[str, tuple[object, str, Callable]] = {
     "states between ranks": (mixer, "_states_before", _zero_states),
     "gradients of states between ranks": (mixer, "_gradients_after", _zero_gradients),
@@ -234,6 +250,8 @@ BREAKS: dict[str, tuple[object, str, Callable]] = {
     "keys and values of other ranks": (attention, "gather_tokens", _own_tokens_only),
     "exchange of visual features": (vlm, "exchange_rows", _kept_rows),
     "division of shared gradients": (vlm, "_divide_gradient", lambda features, copies: None),
+    "sum of an adapter's gradient over columns": (lora.Adapter, "_exchanged", _low_uncopied),
+    "sum of an adapter's gradient over tokens": (lora, "_mark_whole", lambda parameter, summed: None),
     "collection of weights": (Optimizers, "collect_weights", lambda self: None),
     "reduction of gradients": (Optimizers, "reduce_gradients", lambda self, *a, **k: None),
 }
@@ -323,6 +341,10 @@ def heads(parallel: ParallelConfig) -> ParallelConfig:
     return replace(parallel, mamba_context="head_exchange")
 
 
+EVERYWHERE = AdapterConfig(rank=4, alpha=6.0, targets=AdapterTargets(vision=("*",), projector=("*",), language=("*",)))
+LANGUAGE = AdapterConfig(rank=4, alpha=6.0, targets=AdapterTargets(language=("*",)))
+
+
 # On four ranks: what is left beside TP and CP is data parallel, so every layout here is one of four ranks.
 CASES: dict[str, Case] = {
     "dp4": Case(),
@@ -355,6 +377,15 @@ CASES: dict[str, Case] = {
     "cp2 dp2 language alone": Case(parallel=CP2, train=("language",), packs="first"),
 }
 CASES |= {
+    "tp2 dp2 adapters": Case(parallel=TP2, adapter=EVERYWHERE, train=()),
+    "tp2 sp dp2 adapters": Case(parallel=TP2_SP, adapter=EVERYWHERE, train=()),
+    "tp2 cp2 sp adapters": Case(parallel=TP2_CP2_SP, adapter=LANGUAGE, train=("projector",)),
+    "tp2 sp dp2 rotary adapters": Case(parallel=TP2_SP, model="rotary", adapter=LANGUAGE, train=()),
+    "tp2 cp2 sp sharded adapters": Case(
+        parallel=TP2_CP2_SP, adapter=EVERYWHERE, train=(), distributed=True, overlap=True, steps=3
+    ),
+}
+CASES |= {
     f"cp2 dp2 {mode} {divisor}": Case(parallel=CP2, mode=mode, divisor=divisor, order=(3, 1, 0, 2))
     for mode in ("token", "sample", "square")
     for divisor in ("global", "pack")
@@ -375,16 +406,25 @@ CONTROLS: dict[str, Case] = {
     "keys": Case(parallel=CP4, model="few_heads", broken="keys and values of other ranks"),
     "features": Case(parallel=CP4, broken="exchange of visual features"),
     "shared gradients": Case(parallel=TP2_CP2, broken="division of shared gradients"),
+    "adapter's columns": Case(
+        parallel=TP2, adapter=LANGUAGE, train=(), broken="sum of an adapter's gradient over columns"
+    ),
+    "adapter's tokens": Case(
+        parallel=TP2_SP, adapter=LANGUAGE, train=(), broken="sum of an adapter's gradient over tokens"
+    ),
     "weights": Case(overlap=True, distributed=True, steps=3, broken="collection of weights"),
     "reduction": Case(parallel=CP2, broken="reduction of gradients"),
 }
 QUICK = (
     *("tp2 sp dp2", "tp2 cp2", "tp2 cp2 sp", "cp4", "cp4 heads", "cp4 few heads", "cp2 dp2 pieces", "cp2 dp2 first"),
-    "cp2 dp2 sharded overlap",
+    *("cp2 dp2 sharded overlap", "tp2 dp2 adapters", "tp2 sp dp2 adapters"),
 )
 """The cheapest of each mechanism, for every run of the tests; the rest is for the whole matrix."""
 
-QUICK_CONTROLS = ("states", "keys", "features", "shared gradients", "weights")
+QUICK_CONTROLS = (
+    *("states", "keys", "features", "shared gradients", "weights"),
+    *("adapter's columns", "adapter's tokens"),
+)
 
 
 def run_ranks(ranks: int, folder: Path, names: Iterable[str], *options: str, timeout_s: int) -> None:
