@@ -1,11 +1,30 @@
-"""The checkpoint that a checkpoint of adapters builds on: named by its folder, identified by its seal."""
+"""Checkpoints of adapters, and the checkpoint that each builds on: named by its folder, identified by its seal."""
 
 import json
 from pathlib import Path
 
 from nemovl_train.checkpoint import sealed
+from nemovl_train.config.dump import load_yaml
+from nemovl_train.config.schema import RunConfig
 from nemovl_train.exceptions import CheckpointError
 from nemovl_train.parallel.agree import on_first_rank
+
+
+def adapter_run(folder: Path) -> RunConfig | None:
+    """Config of the run that made a checkpoint of adapters; None for a checkpoint of a whole model."""
+    written = folder.parent.parent / "config.yaml"
+    if not written.is_file():
+        return None
+    run = load_yaml(RunConfig, written)
+    return run if run.adapter.rank else None
+
+
+def refuse_adapters(folder: Path) -> None:
+    """Raise CheckpointError for a checkpoint that holds no whole model."""
+    if adapter_run(folder) is not None:
+        raise CheckpointError(
+            f"{folder} holds adapters alone, not a whole model: make one with `nemovl convert merge {folder} --out DIR`"
+        )
 
 
 def base_of(folder: Path, base: Path | None = None) -> Path:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from data_pipelines.config import DataConfig
 from nemovl_train.checkpoint import sealed
+from nemovl_train.checkpoint.base import refuse_adapters
 from nemovl_train.config.build import build
 from nemovl_train.config.dump import load_yaml
 from nemovl_train.config.schema import ModelConfig, ParallelConfig, RunConfig
@@ -61,7 +62,7 @@ def import_checkpoint(hf_dir: Path, out: Path) -> Path:
     Raises:
         ConversionError: `out` exists or cannot be written, the disk is full, or the folder cannot be imported.
     """
-    _refuse_existing(out)
+    refuse_existing(out)
     folder = HFFolder(hf_dir)
     constants = {n: [dtype_name(t.dtype), list(t.shape), t.flatten().tolist()] for n, t in folder.constants().items()}
     origin: dict[str, Any] = {
@@ -77,7 +78,7 @@ def import_checkpoint(hf_dir: Path, out: Path) -> Path:
             shutil.rmtree(work, ignore_errors=True)  # left by an import that was killed
             work.mkdir(parents=True)
             path = save_as_checkpoint(folder.config, folder.tensors(), work, dtype=folder.dtype, origin=origin)
-            _copy_tokenizer(hf_dir, work)
+            copy_tokenizer(hf_dir, work)
             work.rename(out)
         except CheckpointError as error:
             raise ConversionError(f"{out} was not written: {error}") from error
@@ -86,14 +87,16 @@ def import_checkpoint(hf_dir: Path, out: Path) -> Path:
     return out / path.relative_to(work)
 
 
-def _copy_tokenizer(hf_dir: Path, out: Path) -> None:
+def copy_tokenizer(hf_dir: Path, out: Path) -> None:
+    """Copy the tokenizer's files and chat template of a folder to `out/tokenizer`."""
     for name in (*TOKENIZER_FILES, CHAT_TEMPLATE.name):
         if (hf_dir / name).is_file():
             (out / TOKENIZER).mkdir(exist_ok=True)
             shutil.copyfile(hf_dir / name, out / TOKENIZER / name)
 
 
-def _refuse_existing(out: Path) -> None:
+def refuse_existing(out: Path) -> None:
+    """Raise ConversionError where something is already at `out`."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConversionError(f"{out} exists; choose another --out, or delete it first")
 
@@ -155,7 +158,7 @@ def save_as_checkpoint(
     Raises:
         ConversionError: `out` exists, or the tensors are not those of the model.
     """
-    _refuse_existing(out)
+    refuse_existing(out)
     with single_process_model(config, dtype, seed=seed) as model:
         load_tensors(model, tensors, may_lack=may_lack)
         state = {"model": asdict(config), "dtype": dtype_name(dtype), **origin}
@@ -171,9 +174,13 @@ def checkpoint_tensors(path: Path) -> tuple[CheckpointInfo, Iterator[tuple[str, 
         path: A checkpoint, a stage folder, or a run folder (its last stage with a checkpoint).
 
     Raises:
-        ConversionError: There is no complete checkpoint.
+        ConversionError: There is no complete checkpoint, or it holds adapters alone.
     """
     folder = find_checkpoint(path)
+    try:
+        refuse_adapters(folder)
+    except CheckpointError as error:
+        raise ConversionError(str(error)) from error
     info = describe_checkpoint(folder)
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
@@ -265,7 +272,7 @@ def _imported(state: Mapping[str, Any], home: Path) -> CheckpointInfo:
     return CheckpointInfo(
         config=config,
         dtype=getattr(torch, state["dtype"]),
-        facts={"parent": state["source"]},
+        facts={"parent": state["source"], **state.get("facts", {})},
         tokenizer=home / TOKENIZER if (home / TOKENIZER).is_dir() else None,
         export=export,
     )

@@ -13,7 +13,7 @@ import torch
 from data_pipelines.loader import PackStream
 from data_pipelines.schema import Pack
 from nemovl_train.checkpoint import sealed
-from nemovl_train.checkpoint.base import load_base
+from nemovl_train.checkpoint.base import load_base, refuse_adapters
 from nemovl_train.config.dump import config_hash, redact, to_plain
 from nemovl_train.config.schema import RunConfig
 from nemovl_train.evaluation.run import evaluate_stage, refuse_unreadable_sets
@@ -159,6 +159,7 @@ class Trainer:
         if source is None:
             return
         folder = on_first_rank(lambda: resolve_checkpoint(Path(source)))
+        on_first_rank(lambda: refuse_adapters(folder))
         try:
             sealed.load(folder, model=self.model)
         except sealed.DamagedError as error:
