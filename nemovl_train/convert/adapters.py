@@ -45,6 +45,8 @@ MERGE_BOUND = 1e-5
 """Largest difference of float32 logits between adapters and merged weights, as a share of the largest logit."""
 
 _STAYS_FLOAT32 = ("A_log", "D")
+_PEFT_REFUSES = "out_proj"
+"""Layer of Nemotron-H models that peft 0.21 takes no adapter on (`_check_lora_target_modules_mamba`)."""
 _ADAPTER_CONFIG, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -129,6 +131,12 @@ def export_adapters(source: Path, out: Path) -> dict[str, Any]:
     left_out += [part for part in run.trainer.train if part not in left_out]
     if left_out:
         log.warning("%s: %s trained as well and is not in this folder; --merge keeps it", out, ", ".join(left_out))
+    if any(name.endswith(f"{_PEFT_REFUSES}.lora_A.weight") for name in tensors):
+        log.warning(
+            "%s: peft opens no adapters on a Mamba layer's %s (Transformers' fused kernel would pass them by); use "
+            "--merge, or train without that layer",
+            *(out, _PEFT_REFUSES),
+        )
     modules = sorted({name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in tensors})
     options = {
         "peft_type": "LORA",
