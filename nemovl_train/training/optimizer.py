@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nemovl_train.config.schema import OptimConfig
+from nemovl_train.config.schema import OptimConfig, PartScales
 from nemovl_train.model.vlm import NemotronVL
 from nemovl_train.parallel.layout import Layout
 
@@ -61,6 +61,7 @@ class Optimizers:
 
     def __init__(self, model: NemotronVL, layout: Layout, optim: OptimConfig, params_dtype: torch.dtype) -> None:
         self.optim = optim
+        self.config = _optimizer_config(optim, params_dtype)
         self.sides: list[Side] = []
         for name, module, groups in _sides(model, layout):
             if any(p.requires_grad for p in module.parameters()):
@@ -70,11 +71,10 @@ class Optimizers:
                     module,
                     pg_collection=groups,
                 )
-                config = _optimizer_config(optim, params_dtype, name)
                 optimizer = get_megatron_optimizer(
-                    config,
+                    self.config,
                     [ddp],
-                    config_overrides=_parameter_groups(config, optim),
+                    config_overrides=_parameter_groups(self.config, optim.lr_scale),
                     use_gloo_process_groups=False,
                     pg_collection=groups,
                 )
@@ -115,9 +115,10 @@ class Optimizers:
         """
         if not self.sides:
             return None
-        for group in self.chained.param_groups:
-            group["lr"] = lr * (group["max_lr"] / self.optim.lr)
-            group["weight_decay"] = self.optim.weight_decay * group.get("wd_mult", 1.0)
+        for side in self.sides:
+            for group in side.optimizer.param_groups:
+                group["lr"] = lr * getattr(self.optim.lr_scale, side.name) * (group["max_lr"] / self.config.lr)
+                group["weight_decay"] = self.optim.weight_decay * group.get("wd_mult", 1.0)
         self.chained.prepare_grads()
         norm = float(self.chained.get_grad_norm())
         if not math.isfinite(norm):
@@ -171,10 +172,11 @@ def _ddp_config(optim: OptimConfig, *, overlap: bool) -> DistributedDataParallel
     )
 
 
-def _parameter_groups(config: OptimizerConfig, optim: OptimConfig) -> dict[ParamKey, ParamGroupOverride]:
+def _parameter_groups(config: OptimizerConfig, scale: PartScales) -> dict[ParamKey, ParamGroupOverride]:
     """megatron-core's rule (no decay of vectors), and groups of their own for two kinds of parameters.
 
-    The projector's, where its learning rate is not the tower's; and what stays float32 in a bf16 model:
+    The projector's, where its learning rate is not that of its side, the tower's; and what stays float32 in a bf16
+    model:
 
     megatron-core 0.19.2 moves a group's float32 parameters to its front but then looks each parameter's state up at its
     old place (`optimizer/distrib_optimizer.py`): in a mixed group a checkpoint would hold another parameter's moments.
@@ -183,15 +185,17 @@ def _parameter_groups(config: OptimizerConfig, optim: OptimConfig) -> dict[Param
     if config.params_dtype != torch.float32:
         # An override is what makes a group; this one repeats the learning rate that every group gets anyway.
         groups[ParamKey(name=("*A_log", "*.D"))] = ParamGroupOverride(max_lr=config.lr)
-    if optim.lr_scale.projector != optim.lr_scale.vision:
-        groups[ParamKey(name="module.projector.*")] = ParamGroupOverride(max_lr=optim.lr * optim.lr_scale.projector)
+    if scale.projector != scale.vision:
+        groups[ParamKey(name="module.projector.*")] = ParamGroupOverride(
+            max_lr=config.lr * scale.projector / scale.vision
+        )
     return groups
 
 
-def _optimizer_config(optim: OptimConfig, params_dtype: torch.dtype, side: str) -> OptimizerConfig:
+def _optimizer_config(optim: OptimConfig, params_dtype: torch.dtype) -> OptimizerConfig:
     return OptimizerConfig(
         optimizer="adam",
-        lr=optim.lr * (optim.lr_scale.language if side == "language" else optim.lr_scale.vision),
+        lr=optim.lr,
         min_lr=optim.min_lr,
         weight_decay=optim.weight_decay,
         adam_beta1=optim.beta1,
