@@ -96,7 +96,7 @@ class Plan:
 
     @property
     def checkpoint_bytes(self) -> float:
-        """Of one checkpoint: state of what trains, and the weights: all of them, or those that train beside adapters."""
+        """Of one checkpoint: state of what trains, and all weights or, with adapters, those that train."""
         width = 4 if self.config.precision.params == "fp32" else 2
         rows = trainable(self.config).values()
         trained = sum(row.trained for row in rows)

@@ -300,6 +300,25 @@ MOVED = Case(distributed=True, steps=2)
 """What is trained, saved and moved."""
 
 
+def save_adapters(folder: Path) -> None:
+    """Train adapters in TP 2 x CP 2, save them alone, take another step.
+
+    Leaves the folder `adapters`, and in `adapters.pt` the trained parameters and the loss of that step.
+    """
+    layout = Layout.create(TP2_CP2_SP)
+    model, optimizers, optim = make_trainer(ADAPTED, MODEL, layout)
+    packs = make_packs("images")[layout.dp_rank :: layout.dp]
+    for _ in range(ADAPTED.steps):
+        train_step(model, optimizers, packs, layout, lr=optim.lr, divisor="global")
+    saved = TrainedWeights(model)
+    sealed.save(folder / "adapters", ADAPTED.steps, model=saved, optimizer=optimizers, state={}, run_id="adapters")
+    found = {n: whole(p.detach(), p, n, layout) for n, p in model.named_parameters() if n in saved.names}
+    loss = train_step(model, optimizers, packs, layout, lr=optim.lr, divisor="global").loss
+    if dist.get_rank() == 0:
+        torch.save({**found, "loss": torch.tensor(loss)}, folder / "adapters.pt")
+    layout.destroy()
+
+
 def move_checkpoint(folder: Path) -> None:
     """Train in TP 2 x CP 2, save, take another step; load in TP 2 x DP 2, save again, take that step there.
 
@@ -343,6 +362,10 @@ def heads(parallel: ParallelConfig) -> ParallelConfig:
 
 EVERYWHERE = AdapterConfig(rank=4, alpha=6.0, targets=AdapterTargets(vision=("*",), projector=("*",), language=("*",)))
 LANGUAGE = AdapterConfig(rank=4, alpha=6.0, targets=AdapterTargets(language=("*",)))
+
+
+ADAPTED = Case(distributed=True, steps=2, train=("projector",), adapter=LANGUAGE)
+"""What is trained with adapters and saved without its base."""
 
 
 # On four ranks: what is left beside TP and CP is data parallel, so every layout here is one of four ranks.
@@ -500,6 +523,7 @@ def main() -> None:
         layout.destroy()
     if args.checkpoint:
         move_checkpoint(args.folder)
+        save_adapters(args.folder)
     shutdown()
 
 

@@ -90,12 +90,14 @@ def test_each_part_has_its_own_learning_rate(layout, data, scales):
     for scale in (PartScales(), PartScales(vision=scales[0], projector=scales[1], language=scales[2])):
         model, optimizers = make(layout, optim=replace(OPTIM, lr_scale=scale))
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        train_step(model, optimizers, packs, layout, lr=1e-3, divisor="global")
+        train_step(model, optimizers, packs, layout, lr=1e-2, divisor="global")
         moves.append({name: p.detach() - before[name] for name, p in model.named_parameters()})
     factors = dict(zip(("vision_model", "projector", "language_model"), scales, strict=True))
     for name, plain in moves[0].items():
-        expected = plain * factors[name.partition(".")[0]]
-        assert (moves[1][name] - expected).norm() <= 2e-3 * expected.norm() + 1e-7, name
+        # Weights near 1 are rounded to 1.2e-7.
+        torch.testing.assert_close(
+            moves[1][name], plain * factors[name.partition(".")[0]], rtol=1e-3, atol=5e-7, msg=name
+        )
 
 
 @pytest.mark.parametrize("train", [("projector",), ("language",), ("vision", "projector")])

@@ -122,7 +122,7 @@ def test_a_moved_base_is_named(whole, tmp_path):
 
 
 def test_what_has_no_adapters_or_no_whole_model_says_so(whole, tmp_path):
-    folder, config = whole
+    folder, _ = whole
     with pytest.raises(ConversionError, match="has no adapters"):
         merge_checkpoint(folder.parent / "train", tmp_path / "out")
     with pytest.raises(ConversionError, match="nemovl convert merge"):
@@ -130,7 +130,7 @@ def test_what_has_no_adapters_or_no_whole_model_says_so(whole, tmp_path):
 
 
 def test_a_bf16_run_is_merged_in_float32(data, tmp_path):
-    folder, config = adapted_run(data, tmp_path, AdapterTargets(language=("*",)), params="bf16")
+    folder, _ = adapted_run(data, tmp_path, AdapterTargets(language=("*",)), params="bf16")
     made = merge_checkpoint(folder, tmp_path / "merged")
     assert made["largest_difference"] <= 1e-5 * made["largest_logit"]
     state = json.loads((find_checkpoint(tmp_path / "merged") / "state.json").read_text())
