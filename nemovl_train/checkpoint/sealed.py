@@ -151,6 +151,11 @@ def read_seal(folder: Path) -> dict[str, Any]:
     return integrity
 
 
+def seal_of(folder: Path) -> str:
+    """Hash that identifies a published checkpoint with everything in it; `verify` says whether it holds."""
+    return (folder / _MARKER).read_text(encoding="utf-8").strip()
+
+
 def check_file(folder: Path, name: str, entry: dict[str, Any]) -> None:
     """Compare a file with its entry of `integrity.json`.
 

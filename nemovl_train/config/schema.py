@@ -192,11 +192,50 @@ class RecomputeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdapterTargets:
+    """Linear layers that get adapters, by part: globs over module names or over their ends (`in_proj`, `mixer.*`, `*`).
+
+    A part without patterns has no adapters.
+    """
+
+    vision: tuple[str, ...] = ()
+    projector: tuple[str, ...] = ()
+    language: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """Low-rank adapters (LoRA, arXiv 2106.09685): frozen linear layers compute W x + alpha / rank * B A x.
+
+    Parts that are named in `trainer.train` as well train as a whole, beside the adapters of others.
+
+    Attributes:
+        rank: Rows of A and columns of B; 0 turns adapters off.
+        alpha: Numerator of the adapters' scale.
+        targets: Layers that get them.
+    """
+
+    rank: int = 0
+    alpha: float = 32.0
+    targets: AdapterTargets = field(default_factory=AdapterTargets)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartScales:
+    """A factor for each part of the model."""
+
+    vision: float = 1.0
+    projector: float = 1.0
+    language: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """AdamW with linear warm-up and cosine decay.
 
     Attributes:
         lr: Peak learning rate.
+        lr_scale: What each part's learning rate is multiplied with, all along the schedule.
         min_lr: Learning rate at the end of the cosine.
         warmup_fraction: Share of the run's steps that warm up linearly.
         weight_decay: Decoupled decay. Parameters with one dimension (norms, biases, A_log, D, dt_bias) have none; all
@@ -214,6 +253,7 @@ class OptimConfig:
     """
 
     lr: float = 2e-5
+    lr_scale: PartScales = field(default_factory=PartScales)
     min_lr: float = 0.0
     warmup_fraction: float = 0.1
     beta1: float = 0.9
@@ -236,7 +276,8 @@ class TrainerConfig:
     Attributes:
         steps: Optimiser steps.
         global_batch: Packs of one step over all ranks.
-        train: Parts with gradients; the others stay bit-identical and hold no optimizer state.
+        train: Parts whose own weights have gradients; those of the others stay bit-identical and hold no optimizer
+            state. May be empty where adapters train.
         seed: Seed of data order, initial weights and every keyed random choice.
         max_bad_steps: Steps with a non-finite loss or gradient norm that are skipped before the run stops.
         init_from: Checkpoint folder (or run stage) whose weights the run starts from; random weights when None.
@@ -375,6 +416,7 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

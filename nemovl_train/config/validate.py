@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from data_pipelines.config import LOSS_MODES, LOSS_UNITS, PACKING_MODES
+from nemovl_train.config.adapters import adapter_problems
 from nemovl_train.config.nearest import did_you_mean, nearest_multiples
 from nemovl_train.config.schema import PARTS, EvalConfig, RunConfig, RunSection, ScheduleConfig, VisionConfig
 from nemovl_train.parallel.legality import layout_problems
@@ -51,6 +52,7 @@ def validate_run(config: RunConfig, *, world_size: int | None = None) -> list[st
         *_precision_and_optim(config),
         *_recompute(config),
         *_trainer(config),
+        *adapter_problems(config),
         *_rest(config),
         *_layout(config),
         *_cluster(config),
@@ -270,6 +272,8 @@ def _precision_and_optim(config: RunConfig) -> Iterator[str]:
     yield from _choice("precision.backend", config.precision.backend, BACKENDS)
     optim = config.optim
     yield from _positive("optim.lr", optim.lr)
+    for part in PARTS:
+        yield from _positive(f"optim.lr_scale.{part}", getattr(optim.lr_scale, part))
     yield from _within("optim.min_lr", optim.min_lr, 0, max(optim.lr, 0))
     yield from _within("optim.warmup_fraction", optim.warmup_fraction, 0, 1)
     yield from _within("optim.beta1", optim.beta1, 0, 1, open_end=True)
@@ -317,7 +321,8 @@ def _trainer(config: RunConfig) -> Iterator[str]:
     for key, names in (("model.parts", parts), ("trainer.train", trainer.train)):
         for name in names:
             yield from _choice(key, name, PARTS)
-        if not names or len(set(names)) != len(names):
+        needed = key == "model.parts" or not config.adapter.rank
+        if (needed and not names) or len(set(names)) != len(names):
             yield f"{key}={list(names)}: name each part once, at least one of {', '.join(PARTS)}"
     absent = [name for name in trainer.train if name in PARTS and name not in parts]
     if absent:

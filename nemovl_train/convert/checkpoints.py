@@ -16,6 +16,7 @@ from torch import Tensor
 
 from data_pipelines.config import DataConfig
 from nemovl_train.checkpoint import sealed
+from nemovl_train.checkpoint.base import refuse_adapters
 from nemovl_train.checkpoint.sealed import Verified
 from nemovl_train.checkpoint.streamed import StoredTensors, save_streamed
 from nemovl_train.config.build import build
@@ -75,7 +76,7 @@ def import_checkpoint(hf_dir: Path, out: Path, *, source: str | None = None) -> 
     Raises:
         ConversionError: `out` exists or cannot be written, the disk is full, or the folder cannot be imported.
     """
-    _refuse_existing(out)
+    refuse_existing(out)
     folder = HFFolder(hf_dir)
     constants = {n: [dtype_name(t.dtype), list(t.shape), t.flatten().tolist()] for n, t in folder.constants().items()}
     media = read_media_budget(hf_dir) if (hf_dir / PREPROCESSOR).is_file() else RELEASED_MEDIA
@@ -91,7 +92,7 @@ def import_checkpoint(hf_dir: Path, out: Path, *, source: str | None = None) -> 
             shutil.rmtree(work, ignore_errors=True)  # left by an import that was killed
             work.mkdir(parents=True)
             path = save_as_checkpoint(folder.config, folder.tensors(), work, dtype=folder.dtype, origin=origin)
-            _copy_tokenizer(hf_dir, work)
+            copy_tokenizer(hf_dir, work)
             carry(hf_dir, work / CARRIED)
             work.rename(out)
         except CheckpointError as error:
@@ -101,14 +102,16 @@ def import_checkpoint(hf_dir: Path, out: Path, *, source: str | None = None) -> 
     return out / path.relative_to(work)
 
 
-def _copy_tokenizer(hf_dir: Path, out: Path) -> None:
+def copy_tokenizer(hf_dir: Path, out: Path) -> None:
+    """Copy the tokenizer's files and chat template of a folder to `out/tokenizer`."""
     for name in (*TOKENIZER_FILES, CHAT_TEMPLATE.name):
         if (hf_dir / name).is_file():
             (out / TOKENIZER).mkdir(exist_ok=True)
             shutil.copyfile(hf_dir / name, out / TOKENIZER / name)
 
 
-def _refuse_existing(out: Path) -> None:
+def refuse_existing(out: Path) -> None:
+    """Raise ConversionError where something is already at `out`."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConversionError(f"{out} exists; choose another --out, or delete it first")
 
@@ -172,7 +175,7 @@ def save_as_checkpoint(
     Raises:
         ConversionError: `out` exists, or the tensors are not those of the model.
     """
-    _refuse_existing(out)
+    refuse_existing(out)
     entries = {entry.ours: entry for entry in table(config, kind_of(config))}
     new = [p for p in may_lack if not any(name.startswith(f"{ATTRIBUTES[p]}.") for name in tensors.specs)]
     whole = _union(tensors, _initial(config, new, dtype, seed)) if new else tensors
@@ -230,9 +233,14 @@ def checkpoint_tensors(path: Path) -> tuple[CheckpointInfo, Tensors]:
         path: A checkpoint, a stage folder, or a run folder (its last stage with a checkpoint).
 
     Raises:
-        ConversionError: There is no complete checkpoint.
+        ConversionError: There is no complete checkpoint, or it holds adapters alone.
     """
-    return _open(_find(path))
+    found = _find(path)
+    try:
+        refuse_adapters(found.folder)
+    except CheckpointError as error:
+        raise ConversionError(str(error)) from error
+    return _open(found)
 
 
 def _open(found: Verified) -> tuple[CheckpointInfo, Tensors]:
@@ -345,7 +353,7 @@ def _imported(state: Mapping[str, Any], home: Path) -> CheckpointInfo:
         export["carried"] = Carried(folder=home / CARRIED, config=config, media=media, dtype=state["dtype"])
     return CheckpointInfo(
         config=config,
-        facts={"parent": state["source"]},
+        facts={"parent": state["source"], **state.get("facts", {})},
         tokenizer=home / TOKENIZER if (home / TOKENIZER).is_dir() else None,
         export=export,
     )

@@ -25,6 +25,7 @@ from nemovl_train.model.batch import PackBatch
 from nemovl_train.model.cache import CachedParams
 from nemovl_train.model.init import init_weights
 from nemovl_train.model.language import LanguageModel, build_language_model, collect_weights
+from nemovl_train.model.lora import adapters
 from nemovl_train.model.projector import Projector
 from nemovl_train.model.recompute import recompute_fully, recompute_selectively
 from nemovl_train.model.vision import build_vision_tower
@@ -86,10 +87,10 @@ class NemotronVL(MegatronModule):
         return {part: module for part, module in parts.items() if module is not None}
 
     def freeze(self, train: Sequence[str]) -> None:
-        """Let only the named parts have gradients. Call it before DDP or an optimizer sees the parameters.
+        """Let only the named parts, and adapters, have gradients. Call it before DDP or an optimizer sees them.
 
         Args:
-            train: Parts that train.
+            train: Parts whose own weights train.
 
         Raises:
             ConfigError: A part is unknown or not in this model.
@@ -104,6 +105,8 @@ class NemotronVL(MegatronModule):
             raise ConfigError(problems)
         for part, module in parts.items():
             module.requires_grad_(part in train)
+            for _, pair in adapters(module):
+                pair.requires_grad_(True)
 
     def encode_tiles(self, tiles_T3PP: Tensor) -> Tensor:
         """Visual features in the language model's embedding space.
@@ -272,6 +275,9 @@ class NemotronVL(MegatronModule):
             # Without the second entry megatron-core would stack the tower's layers into one tensor.
             own = {**(metadata or {}), "dp_cp_group": groups.dp_cp, "non_homogeneous_layers": True}
             state |= module.sharded_state_dict(f"{prefix}{ATTRIBUTES[part]}.", sharded_offsets, own)
+            for name, pair in adapters(module):
+                # The linear layer took both halves for whole; one is split.
+                state |= pair.sharded_state_dict(f"{prefix}{ATTRIBUTES[part]}.{name}.")
         # Plain linears write empty entries there, Transformer Engine's would hold FP8 histories that we do not use.
         return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
 

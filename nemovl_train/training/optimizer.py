@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nemovl_train.config.schema import OptimConfig
+from nemovl_train.config.schema import OptimConfig, PartScales
 from nemovl_train.exceptions import UserError
 from nemovl_train.model.vlm import NemotronVL
 from nemovl_train.parallel.layout import Layout
@@ -78,7 +78,7 @@ class Optimizers:
                 optimizer = get_megatron_optimizer(
                     self.config,
                     [ddp],
-                    config_overrides=_parameter_groups(self.config),
+                    config_overrides=_parameter_groups(self.config, optim.lr_scale),
                     use_gloo_process_groups=False,
                     pg_collection=groups,
                 )
@@ -112,7 +112,7 @@ class Optimizers:
         """Clip jointly and update, or change nothing when the gradient norm is not finite or too large.
 
         Args:
-            lr: Learning rate of this update.
+            lr: Learning rate of this update; `optim.lr_scale` says what each part makes of it.
             largest_norm: Above it nothing changes.
 
         Returns:
@@ -120,9 +120,10 @@ class Optimizers:
         """
         if not self.sides:
             return None
-        for group in self.chained.param_groups:
-            group["lr"] = lr
-            group["weight_decay"] = self.optim.weight_decay * group.get("wd_mult", 1.0)
+        for side in self.sides:
+            for group in side.optimizer.param_groups:
+                group["lr"] = lr * getattr(self.optim.lr_scale, side.name) * (group["max_lr"] / self.config.lr)
+                group["weight_decay"] = self.optim.weight_decay * group.get("wd_mult", 1.0)
         self.chained.prepare_grads()
         norm = self._gradient_norm()
         if not math.isfinite(norm) or norm > largest_norm:
@@ -228,8 +229,11 @@ def _fuse_grad_accumulation(module: nn.Module) -> None:
             part.fuse_wgrad_accumulation = True  # type: ignore[assignment]
 
 
-def _parameter_groups(config: OptimizerConfig) -> dict[ParamKey, ParamGroupOverride]:
-    """megatron-core's rule (no decay of vectors), and a group of its own for what stays float32 in a bf16 model.
+def _parameter_groups(config: OptimizerConfig, scale: PartScales) -> dict[ParamKey, ParamGroupOverride]:
+    """megatron-core's rule (no decay of vectors), and groups of their own for two kinds of parameters.
+
+    The projector's, where its learning rate is not that of its side, the tower's; and what stays float32 in a bf16
+    model:
 
     megatron-core 0.19.2 moves a group's float32 parameters to its front but then looks each parameter's state up at its
     old place (`optimizer/distrib_optimizer.py`): in a mixed group a checkpoint would hold another parameter's moments.
@@ -238,6 +242,10 @@ def _parameter_groups(config: OptimizerConfig) -> dict[ParamKey, ParamGroupOverr
     if config.params_dtype != torch.float32:
         # An override is what makes a group; this one repeats the learning rate that every group gets anyway.
         groups[ParamKey(name=("*A_log", "*.D"))] = ParamGroupOverride(max_lr=config.lr)
+    if scale.projector != scale.vision:
+        groups[ParamKey(name="module.projector.*")] = ParamGroupOverride(
+            max_lr=config.lr * scale.projector / scale.vision
+        )
     return groups
 
 

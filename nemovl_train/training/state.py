@@ -33,6 +33,7 @@ class TrainState:
         plan_hash: Identity of the data order; a resumed run must reproduce it.
         config_hash: Identity of the options that decide the result.
         parent: Checkpoint whose weights the run started from.
+        parent_seal: Hash that seals it. Checkpoints of adapters hold nothing of their base but this reference.
     """
 
     step: int = 0
@@ -50,6 +51,7 @@ class TrainState:
     plan_hash: str = ""
     config_hash: str = ""
     parent: str | None = None
+    parent_seal: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The state as a JSON object with its format version."""

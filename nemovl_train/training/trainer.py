@@ -13,6 +13,7 @@ import torch
 from data_pipelines.loader import PackStream
 from data_pipelines.schema import Pack
 from nemovl_train.checkpoint import sealed
+from nemovl_train.checkpoint.base import load_base, refuse_adapters
 from nemovl_train.checkpoint.retention import Keep
 from nemovl_train.checkpoint.saving import Saver
 from nemovl_train.config.dump import config_hash, redact, to_plain
@@ -20,10 +21,12 @@ from nemovl_train.config.schema import RunConfig
 from nemovl_train.evaluation.run import evaluate_stage, refuse_unreadable_sets
 from nemovl_train.exceptions import CheckpointError, UserError
 from nemovl_train.exit_codes import ExitCode
+from nemovl_train.model.adapters import TrainedWeights, add_adapters
 from nemovl_train.model.backend import DTYPES
 from nemovl_train.model.vlm import build_model
 from nemovl_train.parallel.agree import from_every_rank, on_first_rank
 from nemovl_train.parallel.layout import Layout
+from nemovl_train.plan.trainable import trainable_text
 from nemovl_train.training import spikes
 from nemovl_train.training.callbacks import Callback, MetricsFile, ProgressLine, trackers
 from nemovl_train.training.control import Control
@@ -111,11 +114,16 @@ class Trainer:
             seed=config.trainer.seed,
             recompute=config.recompute,
         )
-        self.model.freeze(train=config.trainer.train)
         self.state = TrainState(seed=config.trainer.seed, config_hash=config_hash(config))
         resumed_from = folder.newest_checkpoint()
         if resumed_from is None:
             self._load_initial_weights()
+        elif config.adapter.rank:
+            load_base(resumed_from.folder, self.model)
+        add_adapters(self.model, config.adapter, layout, seed=config.trainer.seed)
+        self.model.freeze(train=config.trainer.train)
+        # With adapters a checkpoint holds what trains, and names the one that holds the rest.
+        self.saved = TrainedWeights(self.model) if config.adapter.rank else self.model
         # Built after the initial weights: the distributed optimizer copies its fp32 master weights from them.
         self.optimizers = Optimizers(self.model, layout, config.optim, dtype)
         self.model.config.no_sync_func = self.optimizers.no_sync
@@ -127,6 +135,7 @@ class Trainer:
         self.stream = self._open_stream()
         on_first_rank(lambda: refuse_unreadable_sets(config))
         self.validation = Validation(self)
+        on_first_rank(lambda: log.info("what trains\n%s", trainable_text(config)))
         self.step_keys: tuple[str, ...] = ()
         self.callbacks: list[Callback] = []
         on_first_rank(self._add_callbacks)
@@ -173,7 +182,7 @@ class Trainer:
         # A replica that went wrong since the last check must not become what the run continues from.
         self._check_replicas()
         self.control.finish_save()
-        self.saver.start(self.state.step, model=self.model, optimizer=self.optimizers, state=self.state.to_json())
+        self.saver.start(self.state.step, model=self.saved, optimizer=self.optimizers, state=self.state.to_json())
         self.saved_step = self.state.step
         if not self.config.checkpoint.in_background:
             self.control.finish_save()
@@ -252,18 +261,20 @@ class Trainer:
         if source is None:
             return
         found = resolve_checkpoint(Path(source))
+        folder = found.folder if isinstance(found, sealed.Verified) else found
+        on_first_rank(lambda: refuse_adapters(folder))
         try:
             sealed.load(found, model=self.model)
         except sealed.DamagedError as error:
-            folder = found.folder if isinstance(found, sealed.Verified) else found
             raise CheckpointError(
                 f"{error}; remove {folder} and start what made it again: it continues from the checkpoint before"
             ) from error
-        self.state.parent = str(found.folder if isinstance(found, sealed.Verified) else found)
+        self.state.parent = str(folder)
+        self.state.parent_seal = on_first_rank(lambda: sealed.seal_of(folder))
 
     def _restore(self, found: sealed.Verified) -> None:
         folder = found.folder
-        raw = sealed.load(found, model=self.model, optimizer=self.optimizers)
+        raw = sealed.load(found, model=self.saved, optimizer=self.optimizers)
         restored = TrainState.from_json(raw, folder / "state.json")
         if restored.seed != self.state.seed and not self.folder.recognised:
             raise CheckpointError(f"{folder}: seed differs from this run's; choose another run.stage")

@@ -8,7 +8,7 @@ import torch
 from tiny_runs import MODEL, run_config
 
 from data_pipelines.loader import PackStream
-from nemovl_train.config.schema import OptimConfig
+from nemovl_train.config.schema import OptimConfig, PartScales
 from nemovl_train.model.batch import PackBatch
 from nemovl_train.model.vlm import build_model
 from nemovl_train.training.optimizer import Optimizers
@@ -80,6 +80,24 @@ def test_three_steps_equal_torch_adamw_where_vectors_do_not_decay(layout, data, 
         reference.step()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter, named[name], rtol=1e-3, atol=2e-4, msg=name)
+
+
+@pytest.mark.parametrize("scales", [(0.5, 0.1, 3.0), (0.2, 0.2, 1.0)])
+def test_each_part_has_its_own_learning_rate(layout, data, scales):
+    """AdamW's step is proportional to the rate: with scales each part moves by its factor of what it moves without."""
+    moves = []
+    (packs,) = steps_of(data, 1, ("pictures",))
+    for scale in (PartScales(), PartScales(vision=scales[0], projector=scales[1], language=scales[2])):
+        model, optimizers = make(layout, optim=replace(OPTIM, lr_scale=scale))
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        train_step(model, optimizers, packs, layout, lr=1e-2, divisor="global")
+        moves.append({name: p.detach() - before[name] for name, p in model.named_parameters()})
+    factors = dict(zip(("vision_model", "projector", "language_model"), scales, strict=True))
+    for name, plain in moves[0].items():
+        # Weights near 1 are rounded to 1.2e-7.
+        torch.testing.assert_close(
+            moves[1][name], plain * factors[name.partition(".")[0]], rtol=1e-3, atol=5e-7, msg=name
+        )
 
 
 @pytest.mark.parametrize("train", [("projector",), ("language",), ("vision", "projector")])
