@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data_pipelines import verbs_bring, verbs_look
+from data_pipelines import verbs_bring, verbs_curate, verbs_look
 from data_pipelines.arguments import Subparsers, add_json
 
 _VERBS = (
@@ -14,6 +14,8 @@ _VERBS = (
     verbs_look.add_stats,
     verbs_look.add_show,
     verbs_look.add_quarantine,
+    verbs_curate.add_dedup,
+    verbs_curate.add_export,
     verbs_bring.add_frames,
     verbs_bring.add_render_pdf,
 )

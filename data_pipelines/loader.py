@@ -23,7 +23,7 @@ from data_pipelines.dataset import Dataset
 from data_pipelines.exceptions import DataError
 from data_pipelines.media.rules import RenderRules
 from data_pipelines.pack import BadSample, BuiltPack, PackBuilder
-from data_pipelines.plan import Plan, build_plan
+from data_pipelines.plan import Plan, build_plan, rank_places
 from data_pipelines.schema import Pack
 from data_pipelines.sources import PlannedPack, plan_pass, plan_source
 from data_pipelines.tokenizer import TextTokenizer
@@ -213,9 +213,8 @@ class PackStream:
 
     def planned(self, step_start: int) -> list[PlannedPack]:
         """This rank's planned packs of the step that starts at a pack, fill packs included; reads no media."""
-        each = -(-self.global_batch // self.dp_size)
-        places = (self.dp_rank + i * self.dp_size for i in range(each))
-        return [self.plan.pack(step_start + p) if p < self.global_batch else _FILL for p in places]
+        places = rank_places(self.global_batch, self.dp_rank, self.dp_size)
+        return [_FILL if place is None else self.plan.pack(step_start + place) for place in places]
 
     def __iter__(self) -> Self:
         return self

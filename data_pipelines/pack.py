@@ -289,7 +289,7 @@ def media_tiles(
         data = media[item.member]
         with _quarantine_as(item.kind):
             if item.kind == "video":
-                tiles.append(video_tiles(data, layout.frame_indices, rules.tile_size))
+                tiles.append(video_tiles(data, layout.frame_indices, rules.tile_size, shape.frames))
             else:
                 tiles.append(_tiles_of_image(data, shape, layout, rules.tile_size))
     return tiles

@@ -271,6 +271,22 @@ def apportion(total: int, shares: Sequence[Fraction]) -> list[int]:
     return counts
 
 
+def rank_places(global_batch: int, dp_rank: int, dp_size: int) -> list[int | None]:
+    """Places in a step of the packs that one data-parallel rank takes: every `dp_size`-th, from its own number on.
+
+    Args:
+        global_batch: Packs of the step.
+        dp_rank: Data-parallel rank.
+        dp_size: Data-parallel size.
+
+    Returns:
+        Equally many on every rank; None for a fill pack, where the batch does not divide.
+    """
+    each = -(-global_batch // dp_size)
+    places = (dp_rank + i * dp_size for i in range(each))
+    return [place if place < global_batch else None for place in places]
+
+
 def _check_blend(sources: Sequence[PlanSource], packing: str, seq_length: int, window_samples: int) -> None:
     if packing not in PACKING_MODES:
         raise DataError(f"data.packing {packing!r} is not one of {', '.join(PACKING_MODES)}")

@@ -3,8 +3,9 @@
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing.connection import wait
 from typing import Any
 
@@ -13,6 +14,23 @@ def process_pool(workers: int, start: Callable[..., None], *args: Any) -> Proces
     """A pool of spawned processes, each of which first calls `start(*args)`."""
     context = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(workers, context, initializer=_prepare, initargs=(start, args))
+
+
+def in_order[T, R](
+    pool: ProcessPoolExecutor, work: Callable[[T], R], items: Iterable[T], *, ahead: int
+) -> Iterator[tuple[T, R]]:
+    """Items with what `work` makes of them, in their order; at most `ahead` of them wait or are done early.
+
+    Not all at once: millions of futures would be built before the first is done.
+    """
+    running: deque[tuple[T, Future[R]]] = deque()
+    for item in items:
+        if len(running) >= ahead:
+            done, future = running.popleft()
+            yield done, future.result()
+        running.append((item, pool.submit(work, item)))
+    for done, future in running:
+        yield done, future.result()
 
 
 def _prepare(start: Callable[..., None], args: tuple[Any, ...]) -> None:

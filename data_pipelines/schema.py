@@ -4,6 +4,7 @@ Shape legend: S tokens of a pack, T tiles, P tile side in pixels, Nb documents o
 """
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,7 @@ from data_pipelines.exceptions import DataError
 IGNORE_LABEL = -100
 """Label of a position that predicts nothing."""
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 MEDIA_KINDS = ("image", "video")
 _MEMBER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -91,11 +92,13 @@ class MediaItem:
         kind: `image` or `video`.
         member: Name of the bytes in the sample's media mapping.
         metadata: The item's own `metadata` object, empty when absent.
+        source: What the medium was called where it came from; its member where that is not known.
     """
 
     kind: str
     member: str
     metadata: Mapping[str, Any]
+    source: str
 
 
 def content_items(message: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -109,7 +112,8 @@ def media_items(record: Mapping[str, Any]) -> Iterator[MediaItem]:
     for message in record["messages"]:
         for item in content_items(message):
             if item["type"] in MEDIA_KINDS:
-                yield MediaItem(item["type"], item[item["type"]], item.get("metadata") or {})
+                member = item[item["type"]]
+                yield MediaItem(item["type"], member, item.get("metadata") or {}, item.get("source", member))
 
 
 def validate_record(record: object, *, prompt: bool = False) -> None:
@@ -118,6 +122,10 @@ def validate_record(record: object, *, prompt: bool = False) -> None:
     The shape is that of the public Nemotron-VLM-Dataset-v2 (`data_format.md`). Roles: at most one system message,
     first; then user and assistant in turn. Media belong to user messages. A text item may carry `"literal": true`,
     which says that `<image>` and `<video>` in it are words and never stand for media.
+
+    Tools are `"tools": [JSON text of each definition]` on the record and `"tool_calls": [{"name", "arguments": JSON
+    text}]` on an assistant message, answered by a `tool` message for each call, in the place of the user's. They are
+    texts because their tokens depend on the order of keys, which a record does not keep.
 
     Args:
         record: Parsed JSON.
@@ -137,15 +145,38 @@ def validate_record(record: object, *, prompt: bool = False) -> None:
         raise DataError(f"record {key!r}: 'messages' must be a non-empty list")
     for number, message in enumerate(messages):
         _check_message(message, f"record {key!r}, message {number}")
-    _check_turns(key, [message["role"] for message in messages], prompt=prompt)
+    tools = record.get("tools", [])
+    if not isinstance(tools, list) or not all(_is_json_object(tool) for tool in tools):
+        raise DataError(
+            f"record {key!r}: 'tools' must be a list of texts, each a JSON object such as '{{\"name\": ...}}'"
+        )
+    _check_turns(key, messages, prompt=prompt)
 
 
-def _check_turns(key: str, roles: list[str], *, prompt: bool) -> None:
-    turns = roles[1:] if roles[0] == "system" else roles
+def _is_json_object(text: object) -> bool:
+    try:
+        return isinstance(text, str) and isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
+
+
+def _check_turns(key: str, messages: list[Mapping[str, Any]], *, prompt: bool) -> None:
+    roles = [message["role"] for message in messages]
+    for number, (before, message) in enumerate(itertools.pairwise(messages), 1):
+        # A run of results stands where a user's message would.
+        if message["role"] == "tool" and not (before["role"] == "tool" or before.get("tool_calls")):
+            raise DataError(
+                f"record {key!r}, message {number}: the tool message answers no call; the assistant's message before "
+                "it needs 'tool_calls'"
+            )
+    turns = ["user" if role == "tool" else role for role, _ in itertools.groupby(roles)]
+    turns = roles if "tool" not in roles else turns
+    turns = turns[1:] if turns[0] == "system" else turns
     expected = [("user", "assistant")[i % 2] for i in range(len(turns))]
     if turns != expected:
         raise DataError(
-            f"record {key!r}: roles are {roles}; write one optional system message, then user and assistant in turn"
+            f"record {key!r}: roles are {roles}; write one optional system message, then user and assistant in turn "
+            "(tool messages in the place of a user's where the answer before them calls tools)"
         )
     if not turns or (turns[-1] != "assistant" and not prompt):
         raise DataError(f"record {key!r}: the last message must be the assistant's answer, roles are {roles}")
@@ -157,6 +188,13 @@ def _check_message(message: object, where: str) -> None:
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         raise DataError(f"{where}: role {role!r} is not one of {', '.join(ROLES)}")
+    for call in message.get("tool_calls", ()):
+        named = role == "assistant" and isinstance(call, Mapping) and isinstance(call.get("name"), str)
+        if not (named and set(call) == {"name", "arguments"} and _is_json_object(call["arguments"])):
+            raise DataError(
+                f"{where}: a call is made by the assistant and has a 'name' and 'arguments', the text of a JSON "
+                f"object; got {call!r:.120}"
+            )
     if isinstance(content, str):
         _check_text(content, where)
         return

@@ -21,6 +21,14 @@ patches it back into the sibling Nemotron Nano v2 (`_patch_nemotron_nano_v2_chat
 property. The chat template that we export renders as this module does. Where a tokenizer's folder brings a template of
 its own, an export keeps that one, and it alone decides what history looks like when served.
 
+**Tools.** As in the chat template of NVIDIA-Nemotron-Nano-9B-v2 (its model card prints it), whose tags the released
+folder's shares. Definitions follow the system text, with `TOOLS_INTRODUCTION` and `TOOLS_USE` around them, word for
+word: the model was trained on them. Calls end an answer, after an empty line if it says something; they are in the
+loss. The results of its calls share one user turn, which is not: neither is searched for switches or tags.
+
+    ...{answer}\n\n<TOOLCALL>[{"name": "add", "arguments": {"a": 1}}]</TOOLCALL>\n<SPECIAL_12>\n
+    <SPECIAL_11>User\n<TOOL_RESPONSE>[{result}, {result}]</TOOL_RESPONSE>\n
+
 **Tags and words.** `<image>` and `<video>` in a user text may stand for media or be words. One rule, per message and
 kind, with n attached media and k tags in its text items (each item by itself, reasoning switches taken out):
 
@@ -37,6 +45,8 @@ Shape legend: S tokens of the sample, T tiles of the sample.
 """
 
 import functools
+import itertools
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -53,6 +63,17 @@ TEMPLATES = ("nano_v2_vl",)
 NO_TURN = -1
 TRACE_START, NO_TRACE = "<think>\n", "<think></think>"
 """How a prompt ends where reasoning is on, and where it is off."""
+TOOLS_INTRODUCTION = "You can use the following tools to assist the user if required:\n"
+TOOLS_USE = (
+    "If you decide to call any tool(s), use the following format:\n"
+    '<TOOLCALL>[{{"name": "tool_name1", "arguments": "tool_args1"}}, '
+    '{{"name": "tool_name2", "arguments": "tool_args2"}}]</TOOLCALL>\n\n'
+    "The user will execute tool-calls and return responses from tool(s) in this format:\n"
+    '<TOOL_RESPONSE>[{{"tool_response1"}}, {{"tool_response2"}}]</TOOL_RESPONSE>\n\n'
+    "Based on the tool responses, you can call additional tools if needed, correct tool calls if any errors are found, "
+    "or just respond to the user."
+)
+"""What the released template writes around the definitions of tools; the doubled braces are its own."""
 _SWITCH = re.compile(r"/think|/no_think")
 _END_THINK = "</think>"
 
@@ -187,8 +208,8 @@ def reasoning_on(messages: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def _reasoning_after(message: Mapping[str, Any], before: bool) -> bool:
-    """State of the switch behind a message; assistants do not switch."""
-    if message["role"] == "assistant":
+    """State of the switch behind a message; assistants and tools do not switch."""
+    if message["role"] not in ("system", "user"):
         return before
     switches = _SWITCH.findall(_message_text(message).replace(_END_THINK, ""))
     return switches[-1] == "/think" if switches else before
@@ -215,30 +236,60 @@ def _write_messages(writer: _Writer, record: Mapping[str, Any], layouts: Sequenc
     system = messages[0] if messages[0]["role"] == "system" else {"content": ""}
     writer.special(BOS)
     writer.special(SYSTEM)
-    writer.text(f"System\n{_without_switches(_message_text(system))}\n")
+    writer.text(f"System\n{_system_text(_without_switches(_message_text(system)), record.get('tools', ()))}\n")
     media = turn = 0
     reasoning = False
-    for number, message in enumerate(messages):
-        reasoning = _reasoning_after(message, reasoning)
-        if message["role"] == "user":
-            where = f"record {record['id']!r}, message {number}"
-            media += _write_user(writer, message, layouts[media:], media, where)
-        elif message["role"] == "assistant":
-            _write_answer(writer, _message_text(message), turn, reasoning=reasoning)
-            turn += 1
+    for role, group in itertools.groupby(enumerate(messages), key=lambda pair: pair[1]["role"]):
+        if role == "tool":
+            _write_results(writer, [message for _, message in group])
+            continue
+        for number, message in group:
+            reasoning = _reasoning_after(message, reasoning)
+            if role == "user":
+                where = f"record {record['id']!r}, message {number}"
+                media += _write_user(writer, message, layouts[media:], media, where)
+            elif role == "assistant":
+                _write_answer(writer, message, turn, reasoning=reasoning)
+                turn += 1
     writer.flush()
     assert media == len(layouts), (media, len(layouts))
 
 
-def _write_answer(writer: _Writer, answer: str, turn: int, *, reasoning: bool) -> None:
+def _system_text(text: str, tools: Sequence[str]) -> str:
+    if not tools:
+        return text
+    gap = "\n\n" if text else ""
+    listed = f"<AVAILABLE_TOOLS>[{', '.join(tools)}]</AVAILABLE_TOOLS>"
+    return f"{text}{gap}{TOOLS_INTRODUCTION}{listed}\n\n{TOOLS_USE}"
+
+
+def _write_results(writer: _Writer, messages: Sequence[Mapping[str, Any]]) -> None:
+    writer.special(ROLE)
+    writer.text(f"User\n<TOOL_RESPONSE>[{', '.join(map(_message_text, messages))}]</TOOL_RESPONSE>\n")
+
+
+def _with_calls(text: str, calls: Sequence[Mapping[str, str]]) -> str:
+    """An answer with the calls that it makes."""
+    if not calls:
+        return text
+    listed = ", ".join(
+        f'{{"name": {json.dumps(c["name"], ensure_ascii=False)}, "arguments": {c["arguments"]}}}' for c in calls
+    )
+    before = f"{text.rstrip()}\n\n" if text.strip() else ""
+    return f"{before}<TOOLCALL>[{listed}]</TOOLCALL>"
+
+
+def _write_answer(writer: _Writer, message: Mapping[str, Any], turn: int, *, reasoning: bool) -> None:
     writer.special(ROLE)
     writer.text("Assistant\n")
     writer.flush()
     writer.turn = turn
+    text = _message_text(message)
+    has_trace = text.startswith("<think>") or _END_THINK in text
+    answer = _with_calls(text, message.get("tool_calls", ()))
     if answer.startswith(TRACE_START):
         start, answer = TRACE_START, answer.removeprefix(TRACE_START)
     else:
-        has_trace = answer.startswith("<think>") or _END_THINK in answer
         start = "" if reasoning or has_trace else NO_TRACE
     # Cut where a generation prompt ends: at inference no merge can cross that point either.
     writer.text(start)

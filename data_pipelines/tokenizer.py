@@ -77,6 +77,11 @@ class TextTokenizer:
                 raise DataError(f"{self.path}: the text {text[:80]!r} has no encoding without special tokens")
         return ids
 
+    def token_ids(self, text: str) -> list[int]:
+        """Ids of a text of the user's own, in which the name of a special token is that token."""
+        found = self._full.token_to_id(text)
+        return self.encode_text(text) if found is None else [found]
+
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Text of ids; special tokens appear by name unless skipped."""
         return self._full.decode(list(ids), skip_special_tokens=skip_special_tokens)

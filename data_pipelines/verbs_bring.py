@@ -43,6 +43,13 @@ def add_import(verbs: Subparsers) -> None:
     parser.add_argument("--box-units", default="pixel", help="pixel, unit (0 to 1) or thousand (default: %(default)s)")
     parser.add_argument("--ids", default="source", help="source (a row's own id) or position (default: %(default)s)")
     parser.add_argument("--think", action="store_true", help="reasoning on (/think) where an answer holds a trace")
+    parser.add_argument(
+        "--heldout", type=float, default=0.0, metavar="SHARE",
+        help="put about this share of the samples into the split heldout, such as 0.05 (default: none)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--allow-text", action="store_true", help="rows of a table need no image or video (format folder)"
+    )
     parser.add_argument("--limit", type=int, help="only the first samples of each split")
     parser.add_argument(
         "--max-bad", type=float, default=0.05, help="share of rows that may be left out (default: 0.05)"
@@ -57,7 +64,7 @@ def add_import(verbs: Subparsers) -> None:
 
 def _add_rules(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("rules", "must be those of the recipe that will train on the data (data.*)")
-    group.add_argument("--like", type=Path, help="dataset folder whose rules and, if it has one, tokenizer are used")
+    group.add_argument("--like", type=Path, help="dataset folder whose rules and tokenizer are used")
     group.add_argument("--tokenizer", type=Path, help="folder with tokenizer.json: the model's, or runs/tiny/hf")
     group.add_argument("--tile-size", type=int, help="side of a tile in pixels (default: 512; 64 for the tiny recipes)")
     group.add_argument("--max-tiles", type=int, help="largest grid of one image (default: 12; tiny: 6)")
@@ -83,7 +90,8 @@ def _rules(args: argparse.Namespace) -> tuple[Any, Path]:
     if tokenizer is None:
         raise DataError(
             "no tokenizer to count tokens with: add --tokenizer FOLDER, the model's Hugging Face folder (after `make "
-            "demo`: --tokenizer runs/tiny/hf --tile-size 64 --max-tiles 6 --max-frames 16)"
+            "demo`: --tokenizer runs/tiny/hf --tile-size 64 --max-tiles 6 --max-frames 16), or --like DATASET, a "
+            "dataset folder whose tokenizer and rules are used"
         )
     return RenderRules(**rules), tokenizer
 
@@ -111,6 +119,8 @@ def _run_import(args: argparse.Namespace) -> int:
         columns=ColumnOptions(task=args.task, columns=columns, box_format=args.box_format, box_units=args.box_units),
         ids=args.ids,
         think=args.think,
+        heldout=args.heldout,
+        allow_text=args.allow_text,
         limit=args.limit,
         workers=args.workers,
         max_bad=args.max_bad,

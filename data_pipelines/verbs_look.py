@@ -175,8 +175,9 @@ def add_quarantine(verbs: Subparsers) -> None:
         action = actions.add_parser(name, help=text)
         action.add_argument("folder", type=Path, metavar="DIR", help="dataset folder")
         if name != "list":
+            action.add_argument("keys", nargs="*", metavar="KEY", help="id of a sample (restore: default all)")
             action.add_argument("--split", default="train", help="split (default: %(default)s)")
-            action.add_argument("--key", action="append", default=[], help="id of a sample; may be repeated")
+            action.add_argument("--key", action="append", default=[], help="the same, for an id that starts with -")
         if name == "add":
             action.add_argument("--reason", default="set aside by hand", help="why")
         add_json(action)
@@ -196,14 +197,16 @@ def _run_quarantine(args: argparse.Namespace) -> int:
             print(f"{line['kind']}: {line['split']}/{line['key'] or line['where']}: {line['reason']}")
         print(f"{len(lines)} left out")
         return 0
+    keys = [*args.keys, *args.key]
     if args.action == "add":
-        if not args.key:
+        if not keys:
             raise DataError(
-                "name the samples with --key ID; `nemovl data validate DIR --quarantine` takes those with errors"
+                f"name the samples to set aside: nemovl data quarantine add {args.folder} KEY ...; their ids are in "
+                f"`nemovl data validate {args.folder}`, which with --quarantine sets those with errors aside itself"
             )
-        count = quarantine.set_aside(args.folder, args.split, dict.fromkeys(args.key, args.reason))
+        count = quarantine.set_aside(args.folder, args.split, dict.fromkeys(keys, args.reason))
     else:
-        count = quarantine.restore(args.folder, args.split, args.key or None)
+        count = quarantine.restore(args.folder, args.split, keys or None)
     verb = "set aside" if args.action == "add" else "restored"
     print(json.dumps({args.action: count}) if args.json else f"{verb} {count} samples of {args.folder}")
     return 0

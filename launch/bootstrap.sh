@@ -62,6 +62,12 @@ intact() {
 [ "$(uname -s) $(uname -m)" = "Linux x86_64" ] ||
     die "nemovl runs on Linux x86-64 (on Windows: WSL2); this is $(uname -s) $(uname -m)"
 
+# A link leads to an environment that belongs elsewhere. It is used as it is: making it anew would empty that one.
+if [ -L "$venv" ]; then
+    usable "$venv/bin/python" && exit 0
+    die "$venv is a link to $(readlink "$venv"), which has no working Python 3.12; set that one up, or remove the link"
+fi
+
 wanted="$(fingerprint)"
 [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && exit 0
 

@@ -162,39 +162,15 @@ def _add_launch(subparsers: Subparsers) -> None:
 
 
 def _add_generate(subparsers: Subparsers) -> None:
-    parser = subparsers.add_parser("generate", help="answer a question about an image or a video")
-    parser.add_argument("folder", type=Path, help="exported Hugging Face folder, such as runs/tiny/hf")
-    parser.add_argument("--prompt", required=True, help="the question; images and videos come before it")
-    parser.add_argument("--image", type=Path, action="append", default=[], help="image file; may be repeated")
-    parser.add_argument("--video", type=Path, action="append", default=[], help="video file; may be repeated")
-    parser.add_argument("--system", default="", help="system text (default: empty)")
-    parser.add_argument("--think", action="store_true", help="turn reasoning on, as /think in a text does")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
-    parser.set_defaults(run=_generate)
+    from nemovl_train.inference.cli import add_generate_command
+
+    add_generate_command(subparsers)
 
 
-def _generate(args: argparse.Namespace) -> int:
-    if args.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens {args.max_new_tokens}: at least 1")
-    for path in [args.folder, *args.image, *args.video]:
-        if not path.exists():
-            raise UserError(f"{path}: there is no such file or folder")
-    from nemovl_train.console import setup_logging
-    from nemovl_train.inference.answer import answer
+def _add_eval(subparsers: Subparsers) -> None:
+    from nemovl_train.evaluation.cli import add_eval_command
 
-    setup_logging()
-    text = answer(
-        args.folder,
-        args.prompt,
-        images=args.image,
-        videos=args.video,
-        system=args.system,
-        think=args.think,
-        max_new_tokens=args.max_new_tokens,
-    )
-    print(json.dumps({"prompt": args.prompt, "answer": text}) if args.json else text)
-    return ExitCode.OK
+    add_eval_command(subparsers)
 
 
 def _add_report(subparsers: Subparsers) -> None:
@@ -214,6 +190,29 @@ def _report(args: argparse.Namespace) -> int:
     return ExitCode.OK
 
 
+def _add_watch(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser("watch", help="what a run is doing now")
+    parser.add_argument("run_dir", type=Path, help="run folder, such as runs/tiny")
+    parser.add_argument("--every", type=float, default=2.0, help="seconds between two looks (default: %(default)s)")
+    parser.add_argument("--once", action="store_true", help="print one view and return")
+    parser.add_argument("--json", action="store_true", help="print one JSON document and return")
+    parser.set_defaults(run=_watch)
+
+
+def _watch(args: argparse.Namespace) -> int:
+    if not args.every > 0:
+        raise UserError(f"--every {args.every}: above 0 seconds")
+    from nemovl_train.report.watch import watch
+
+    return watch(args.run_dir, every=args.every, once=args.once, as_json=args.json)
+
+
+def _add_simulate(subparsers: Subparsers) -> None:
+    from nemovl_train.schedule.simulate_cli import add_simulate_command
+
+    add_simulate_command(subparsers)
+
+
 def _add_doctor(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser("doctor", help="check this machine and installation")
     parser.add_argument("--folder", type=Path, default=Path("runs"), help="where runs go (default: %(default)s)")
@@ -231,11 +230,14 @@ VERBS: dict[str, tuple[str, Callable[[Subparsers], None] | None]] = {
     "train": ("one stage or fine-tune: nemovl train recipe=NAME [key=value ...]", None),
     "schedule": ("a chain of stages; continues where it stopped", None),
     "plan": ("before a launch: does it fit, how long does it take, what does it cost", None),
+    "simulate": ("a schedule on paper: data, steps, failures, time to finish", _add_simulate),
     "recipes": ("list, show and copy what is shipped", _add_recipes),
     "data": ("make and look at datasets", _add_data),
     "convert": ("to and from Hugging Face folders", _add_convert),
     "launch": ("the same run on several processes", _add_launch),
-    "generate": ("answer a question about an image or a video", _add_generate),
+    "generate": ("answer questions about images and videos", _add_generate),
+    "eval": ("score an exported model on held-out sets and benchmarks", _add_eval),
+    "watch": ("what a run is doing now, in the terminal", _add_watch),
     "report": ("a run's self-contained report.html", _add_report),
     "doctor": ("check this machine and installation", _add_doctor),
 }

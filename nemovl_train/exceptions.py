@@ -4,7 +4,15 @@ from collections.abc import Sequence
 
 from data_pipelines.exceptions import DataError, UserError
 
-__all__ = ["CheckpointError", "ConfigError", "ConversionError", "DataError", "LayoutError", "UserError"]
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "ConversionError",
+    "DataError",
+    "LayoutError",
+    "RunFailedError",
+    "UserError",
+]
 
 
 class ConfigError(UserError):
@@ -31,6 +39,10 @@ class LayoutError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint folder that is incomplete, damaged or belongs to another run."""
+
+
+class RunFailedError(Exception):
+    """A run ended for a reason that is nobody's input, and the message says all there is: no traceback helps."""
 
 
 class ConversionError(UserError):

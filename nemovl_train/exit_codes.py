@@ -5,8 +5,12 @@ import sys
 import traceback
 from collections.abc import Callable
 from enum import IntEnum
+from pathlib import Path
 
-from nemovl_train.exceptions import ConfigError, UserError
+from nemovl_train.exceptions import ConfigError, RunFailedError, UserError
+
+EXIT_FILE = "NEMOVL_EXIT_FILE"
+"""Environment variable of a launcher that cannot pass exit codes on: the file that receives the code instead."""
 
 
 class ExitCode(IntEnum):
@@ -30,7 +34,31 @@ class ExitCode(IntEnum):
 
 
 def guarded(call: Callable[[], int]) -> int:
-    """Runs a verb and turns what it raises into an exit code and one readable message on stderr."""
+    """Runs a verb and turns what it raises into an exit code and one readable message on stderr.
+
+    Under a launcher that asked for it (`EXIT_FILE`), the first process of a node writes the code to a file, and a
+    process that saved and wants to be started again ends with 0: torchrun would take anything else for a crash, kill
+    its neighbours while they save, and report 1.
+    """
+    code = _caught(call)
+    target = os.environ.get(EXIT_FILE)
+    if not target:
+        return code
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        Path(target).write_text(f"{int(code)} {os.environ.get('RANK', '0')}", encoding="utf-8")
+    return ExitCode.OK if code == ExitCode.REQUEUE else code
+
+
+def read_exit_file(path: Path) -> tuple[int, int] | None:
+    """The code that a process left and the process's rank; None when it ended before it could."""
+    try:
+        code, rank = path.read_text(encoding="utf-8").split()
+        return int(code), int(rank)
+    except (OSError, ValueError):
+        return None
+
+
+def _caught(call: Callable[[], int]) -> int:
     try:
         return int(call())
     except UserError as error:
@@ -38,6 +66,9 @@ def guarded(call: Callable[[], int]) -> int:
         if not (isinstance(error, ConfigError) and os.environ.get("RANK", "0") != "0"):
             print(f"{_rank()}error: {error}", file=sys.stderr)
         return ExitCode.USAGE
+    except RunFailedError as error:
+        print(f"{_rank()}error: {error}", file=sys.stderr)
+        return ExitCode.FAILED
     except KeyboardInterrupt:
         print(f"{_rank()}interrupted", file=sys.stderr)
         return ExitCode.INTERRUPTED

@@ -43,9 +43,10 @@ def test_help_names_every_verb_and_the_exit_codes(capsys):
 
 @pytest.mark.parametrize(
     "argv", [["train"], ["schedule"], ["recipes", "list"], ["data", "make-demo"], ["data", "plan"], ["data", "bench"],
-             *(["data", verb] for verb in ("import", "validate", "stats", "show", "frames", "render-pdf")),
+             *(["data", verb] for verb in ("import", "validate", "stats", "show", "dedup", "export")),
+             *(["data", verb] for verb in ("frames", "render-pdf")),
              ["data", "quarantine", "restore"], ["convert", "export"],
-             ["launch", "torchrun"], ["generate"], ["report"], ["doctor"], ["plan"]],
+             ["launch", "torchrun"], ["generate"], ["eval"], ["report"], ["doctor"], ["plan"]],
     ids=" ".join,
 )  # fmt: skip
 def test_every_verb_has_help(capsys, argv: list[str]):
@@ -60,7 +61,7 @@ def test_help_and_config_errors_import_no_torch():
         "from nemovl_train.cli import main\n"
         "for argv in (['--help'], ['data', '--help'], ['data', 'import', '--help'], ['data', 'show', '--help'],"
         " ['convert', '--help'], ['launch', '--help'], ['recipes', 'list'],"
-        " ['generate', '--help'],"
+        " ['generate', '--help'], ['eval', '--help'], ['eval', 'nowhere'],"
         " ['train', 'recipe=tiny/stage1_sft_16k', 'optm.lr=1'], ['schedule', 'recipe=tiny/schedule', 'stages=[]'],"
         " ['launch', 'torchrun', 'recipe=tiny/stage1_sft_16k', '--nproc', '2', '--dry-run'],"
         " ['plan', 'recipe=nano_12b_v2_vl/schedule'], ['plan', '--calibration']):\n"
@@ -114,7 +115,7 @@ def test_train_and_schedule_hand_over_a_checked_config(capsys, monkeypatch):
         (["report", "nowhere"], "no such run folder"),
         (["launch", "torchrun", STAGE, "--nproc", "0"], "between 1 and"),
         (["launch", "torchrun", STAGE, "--nproc", "3", "parallel.tp=2"], "3 processes"),
-        (["launch", "torchrun", "recipe=tiny/schedule", "--nproc", "2"], "is a schedule recipe"),
+        (["launch", "torchrun", STAGE, "--nproc", "2", "--nnodes", "2"], "give HOST:PORT of the first of 2 nodes"),
         (["plan"], "recipe=NAME is missing"),
         (["plan", "recipe=tiny/nope"], "not among"),
         (["plan", STAGE, "parallel.tp=3"], "set parallel.tp=2"),
@@ -170,10 +171,16 @@ def test_torchrun_line_is_printed_and_started(capsys, monkeypatch):
     assert "--nproc-per-node=2" in out
     assert "SIGUSR1" in out
     assert out.rstrip().endswith(f"-m nemovl_train.train {STAGE} run.name=a_b")
+    chain = run(capsys, "launch", "torchrun", "recipe=tiny/schedule", "--nproc", "2", "--dry-run")[1]
+    assert chain.rstrip().endswith("-m nemovl_train.cli schedule recipe=tiny/schedule")
+    pair = ["--nnodes", "2", "--rendezvous", "node1:29500", "--max-restarts", "3"]
+    shared = run(capsys, "launch", "torchrun", STAGE, "--nproc", "2", "--dry-run", *pair)[1]
+    assert "--nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=node1:29500 --rdzv-id=tiny-stage1_sft_16k" in shared
+    assert "--max-restarts=3" in shared
     started = []
-    monkeypatch.setattr(os, "execv", lambda path, argv: started.append(argv) or sys.exit(0))
-    run(capsys, "launch", "torchrun", STAGE, "--nproc", "1")
-    assert started[0][:3] == [sys.executable, "-m", "torch.distributed.run"]
+    monkeypatch.setattr("launch.torchrun.run_node", lambda job, program, **options: started.append(job) or 75)
+    assert run(capsys, "launch", "torchrun", STAGE, "--nproc", "1")[0] == ExitCode.REQUEUE
+    assert started[0].nproc == 1
 
 
 def test_plan_prints_tables_or_one_document(capsys):
@@ -206,7 +213,9 @@ def test_doctor_reports_one_document(capsys):
     code, out, _ = run(capsys, "doctor", "--json", "--folder", "somewhere/new")
     report = json.loads(out)
     assert code == (ExitCode.OK if report["ok"] else ExitCode.FAILED)
-    assert {"python", "torch", "accelerator", "free memory", "run folder"} <= {c["name"] for c in report["checks"]}
+    assert {"python", "torch", "accelerator", "free memory", "open files", "run folder"} <= {
+        c["name"] for c in report["checks"]
+    }
     assert not os.listdir(".")
 
 

@@ -3,11 +3,16 @@
     messages        [{"role", "content": text or items}]      OpenAI, Hugging Face chat, Nemotron-VLM-Dataset-v2
     conversations   [{"from": "human"|"gpt", "value"}]        LLaVA, ShareGPT, Llama-Nemotron-VLM-Dataset-v1
     texts           [{"user", "assistant"}]                   the Cauldron, FineVision
+    query           with `tools` and `answers` (the calls)    xLAM function calling (APIGen)
+
+Tools are `tools` beside the messages, `tool_calls` of an assistant message and `tool` messages (OpenAI), or the turns
+`function_call` and `observation` (ShareGPT).
 
 Media are either items of a message, or lie beside the conversation (`image`, `images`, `video`, `videos`) and stand
 where the text has `<image>` or `<video>`; without such tags they belong to the first user message.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +22,7 @@ from data_pipelines.exceptions import DataError
 ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant",
     "bot": "assistant", "chatgpt": "assistant", "system": "system", "developer": "system",
+    "function_call": "assistant", "tool": "tool", "function": "tool", "observation": "tool",
 }  # fmt: skip
 _MEDIA_COLUMNS = {"image": ("image", "images"), "video": ("video", "videos")}
 
@@ -36,6 +42,8 @@ class Draft:
 
 def has_conversation(values: Mapping[str, Any]) -> str:
     """Name of the field that holds the conversation; empty when there is none."""
+    if {"query", "tools", "answers"} <= set(values):
+        return "query"
     return next((name for name in ("messages", "conversations", "conversation", "texts") if _turns(values, name)), "")
 
 
@@ -55,7 +63,12 @@ def draft_of(values: Mapping[str, Any]) -> Draft:
         raise DataError(
             f"no messages, conversations or texts in the row; it has {', '.join(map(str, values)) or 'no field'}"
         )
-    if name == "texts":
+    if name == "query":
+        messages = [
+            {"role": "user", "content": [_text(str(values["query"]))]},
+            {"role": "assistant", "content": [], "tool_calls": _calls(values["answers"], "answers")},
+        ]
+    elif name == "texts":
         messages = _from_pairs(values[name])
     else:
         messages = [_message(turn, f"{name}[{i}]") for i, turn in enumerate(values[name])]
@@ -65,7 +78,43 @@ def draft_of(values: Mapping[str, Any]) -> Draft:
     for kind, columns in _MEDIA_COLUMNS.items():
         beside = [ref for column in columns for ref in as_list(values.get(column))]
         _place(messages, kind, beside)
-    return Draft(messages)
+    tools = _tools(values.get("tools"))
+    return Draft(messages, {"tools": tools} if tools else {})
+
+
+def _tools(value: Any) -> list[str]:
+    """Definitions of tools as JSON texts with their keys in the source's order, which their tokens depend on."""
+    tools = _parsed(value, "tools") if value else []
+    if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise DataError(f"tools must be a list of objects, got {value!r:.80}")
+    return [_json_text(tool["function"] if isinstance(tool.get("function"), Mapping) else tool) for tool in tools]
+
+
+def _calls(value: Any, where: str) -> list[dict[str, str]]:
+    calls = _parsed(value, where)
+    calls = [calls] if isinstance(calls, Mapping) else calls
+    found = []
+    for call in calls:
+        function = call.get("function") or call if isinstance(call, Mapping) else {}
+        name, arguments = function.get("name"), function.get("arguments", function.get("parameters"))
+        if not isinstance(name, str) or not isinstance(arguments, str | Mapping):
+            raise DataError(f"{where}: a call needs a name and arguments, got {call!r:.80}")
+        found.append({"name": name, "arguments": arguments if isinstance(arguments, str) else _json_text(arguments)})
+    return found
+
+
+def _json_text(value: Mapping[str, Any]) -> str:
+    """As Transformers' chat templates write JSON."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _parsed(value: Any, where: str) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise DataError(f"{where} is not JSON: {error}") from error
 
 
 def as_list(value: Any) -> list[Any]:
@@ -97,6 +146,13 @@ def _message(turn: Any, where: str) -> dict[str, Any]:
     if role is None:
         raise DataError(f"{where}: role {name!r} is not one of {', '.join(sorted(ROLES))}")
     content = turn.get("content", turn.get("value"))
+    if str(name).lower() == "function_call":
+        return {"role": role, "content": [], "tool_calls": _calls(content, where)}
+    if turn.get("tool_calls"):
+        calls = {"tool_calls": _calls(turn["tool_calls"], where)}
+        if content is None or isinstance(content, str):
+            return {"role": role, "content": [_text(content)] if content else [], **calls}
+        return {"role": role, "content": [_item(item, f"{where}, item {i}") for i, item in enumerate(content)], **calls}
     if isinstance(content, str):
         return {"role": role, "content": [_text(content)]}
     if not isinstance(content, Sequence):
@@ -127,7 +183,8 @@ def _item(item: Any, where: str) -> dict[str, Any]:
         reference = reference["url"]
     metadata = item.get("metadata")
     kept = {"metadata": dict(metadata)} if kind == "video" and isinstance(metadata, Mapping) else {}
-    return {"type": kind, "ref": reference, **kept}
+    source = {"source": item["source"]} if isinstance(item.get("source"), str) else {}
+    return {"type": kind, "ref": reference, **kept, **source}
 
 
 def _place(messages: list[dict[str, Any]], kind: str, beside: list[Any]) -> None:

@@ -11,7 +11,7 @@ from data_pipelines.importers.references import MediaFinder
 from data_pipelines.importers.rows import Row
 from data_pipelines.importers.tasks import ColumnOptions, draft_of_columns
 from data_pipelines.media.image import image_size
-from data_pipelines.media.kinds import content_suffix
+from data_pipelines.media.kinds import content_suffix, suffix_kind
 from data_pipelines.schema import MEDIA_KINDS, validate_record
 from data_pipelines.shards import Sample
 from data_pipelines.template import reasoning_on
@@ -34,6 +34,7 @@ class Converter:
         finder: Where media are.
         ids: `source` keeps the rows' own ids where they have one, `position` names samples by file and number.
         think: Turn reasoning on for samples whose answers hold a trace.
+        allow_text: Rows of columns may have no medium.
     """
 
     format_name: str
@@ -41,6 +42,7 @@ class Converter:
     finder: MediaFinder
     ids: str = "source"
     think: bool = False
+    allow_text: bool = False
 
     def key(self, row: Row) -> str:
         """Id that the sample of a row gets."""
@@ -78,7 +80,29 @@ class Converter:
             first = reference[0] if isinstance(reference, list) else reference
             return image_size(self._fetch(first, "image", row))
 
-        return draft_of_columns(row.values, self.columns, key, size)
+        draft = draft_of_columns(row.values, self.columns, key, size)
+        if not (self.allow_text or any(item["type"] in MEDIA_KINDS for item in draft.messages[0]["content"])):
+            self._check_text_row(row)
+        return draft
+
+    def _check_text_row(self, row: Row) -> None:
+        """Refuse a row whose medium was probably not recognised: a sample of text alone would look fine ever after.
+
+        Raises:
+            DataError: The format is one of media, or a column holds what looks like a medium.
+        """
+        likely = next(((name, value) for name, value in row.values.items() if _is_medium(value)), None)
+        if likely is None and not FORMATS[self.format_name].media:
+            return
+        advice = "name its column with --column image=COLUMN or video=COLUMN"
+        if likely is not None:
+            name, value = likely
+            shown = f" ({value!r:.60})" if isinstance(value, str) else ""
+            kind = suffix_kind(value) if isinstance(value, str) else "image"
+            advice = f"if it is in column {name!r}{shown}, add --column {kind}={name}"
+        raise DataError(
+            f"the row has no image or video; {advice}. Where rows are meant to be text alone, add --allow-text"
+        )
 
     def _fetch(self, reference: Any, kind: str, row: Row) -> bytes:
         try:
@@ -98,9 +122,16 @@ class Converter:
                 data = self._fetch(item["ref"], item["type"], row)
                 member = f"{item['type']}{len(media)}.{content_suffix(data, item['type'])}"
                 media[member] = data
-                items.append({"type": item["type"], item["type"]: member, **_source(item["ref"]), **_metadata(item)})
-            messages.append({"role": message["role"], "content": items})
-        return {"id": key, "messages": messages}, media
+                items.append({"type": item["type"], item["type"]: member, **_source(item), **_metadata(item)})
+            messages.append({**message, "content": items})
+        return {"id": key, **draft.extra, "messages": messages}, media
+
+
+def _is_medium(value: Any) -> bool:
+    """Whether a value looks like a medium: the name of a file, its bytes, or the `{"bytes"}` of a table."""
+    if isinstance(value, Mapping):
+        return isinstance(value.get("bytes"), bytes)
+    return isinstance(value, bytes) or (isinstance(value, str) and len(value) < 1024 and bool(suffix_kind(value)))
 
 
 def _switch_on(messages: list[dict[str, Any]]) -> None:
@@ -113,8 +144,11 @@ def _switch_on(messages: list[dict[str, Any]]) -> None:
     messages[0]["content"].append({"type": "text", "text": "/think"})
 
 
-def _source(reference: Any) -> dict[str, str]:
-    """Name that the source gave a medium, kept so that a sample can be traced back to its file."""
+def _source(item: Mapping[str, Any]) -> dict[str, str]:
+    """Name that the source gave a medium, kept so that a sample can be traced to its file; an export hands it on."""
+    if "source" in item:
+        return {"source": item["source"]}
+    reference = item["ref"]
     if isinstance(reference, Mapping):
         reference = reference.get("path")
     named = isinstance(reference, str) and not reference.startswith("data:")

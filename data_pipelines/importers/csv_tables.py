@@ -1,6 +1,10 @@
-"""Rows of comma- and tab-separated tables, cut into units where a row ends and not where a quoted field goes on."""
+"""Rows of comma-, semicolon- and tab-separated tables, cut into units where a row ends.
+
+A quoted field may go on over lines, so not every line ends a row.
+"""
 
 import csv
+import functools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +18,8 @@ from data_pipelines.importers.tables import root_of, source_files
 
 CSV_SUFFIXES = (".csv", ".tsv")
 # Bytes that are not UTF-8 become lone surrogates, so that one bad row does not end the table.
+_QUOTED = re.compile(b'"[^"]*"')
+_HEADER_BYTES = 2**20
 _NOT_UTF8 = re.compile("[\ud800-\udfff]")
 
 
@@ -83,8 +89,15 @@ def _table(path: Path, lines: _Lines) -> Iterator[list[str]]:
         csv.Error: A quote is not closed, or a field is too long.
     """
     csv.field_size_limit(MAX_RECORD_BYTES)
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    return (fields for fields in csv.reader(lines, delimiter=delimiter, strict=True) if fields)
+    return (fields for fields in csv.reader(lines, delimiter=_delimiter(path), strict=True) if fields)
+
+
+@functools.lru_cache(maxsize=1024)
+def _delimiter(path: Path) -> str:
+    """What separates the header line's names; where commas are decimal, spreadsheets save `.csv` with semicolons."""
+    with path.open("rb") as file:
+        head = _QUOTED.sub(b"", file.readline(_HEADER_BYTES))
+    return max(",;\t", key=lambda mark: head.count(mark.encode()))
 
 
 def _header(path: Path, file: BinaryIO) -> tuple[list[str], int]:

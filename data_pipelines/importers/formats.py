@@ -40,6 +40,7 @@ class Format:
         conversation: Field that must hold the conversation; rows of columns when None, either when empty.
         task: Task of its columns, where the format itself says so.
         tars: Media may lie in tar files beside the records.
+        media: A row without a medium is one whose column was not recognised, unless the user says otherwise.
     """
 
     about: str
@@ -47,6 +48,7 @@ class Format:
     conversation: str | None = ""
     task: str | None = None
     tars: bool = False
+    media: bool = False
 
 
 def _json_or_csv(source: Path) -> Reader:
@@ -106,7 +108,9 @@ FORMATS: dict[str, Format] = {
     "webdataset": Format(about="webdataset tar shards", reader=lambda source: TarReader()),
     "energon": Format(about="folder prepared by Megatron-Energon (.nv-meta)", reader=lambda source: EnergonReader()),
     "folder": Format(
-        about=f"images or videos with {METADATA_JSON}, {METADATA_CSV} or another table of columns", reader=_json_or_csv
+        about=f"images or videos with {METADATA_JSON}, {METADATA_CSV} or another table of columns",
+        reader=_json_or_csv,
+        media=True,
     ),
     "pdf": Format(
         about="PDF files: each page rendered, its text layer as the answer",
@@ -155,7 +159,7 @@ def _detect(source: Path, roots: Sequence[Path]) -> str:
         paths = source_files(source, JSON_SUFFIXES, roots)
         found = (record for path in paths if (record := _first_record(path)) is not None)
         if (record := next(found, None)) is not None:
-            return _conversation_format(record)
+            return _conversation_format(record, tars=bool(suffixes[".tar"]))
     if suffixes[".tar"]:
         return "webdataset"
     if any(suffixes[suffix] for suffix in CSV_SUFFIXES):
@@ -173,9 +177,11 @@ class _Anything(tuple[str, ...]):
         return True
 
 
-def _conversation_format(record: dict[str, Any]) -> str:
+def _conversation_format(record: dict[str, Any], *, tars: bool) -> str:
     kind = has_conversation(record)
     if kind == "messages":
+        if tars:  # of media, which the first record may have none of
+            return "nemotron-v2"
         beside = {"images", "videos"} & set(record)
         parts = (p for m in record["messages"] if isinstance(m.get("content"), list) for p in m["content"])
         named = any(

@@ -28,7 +28,7 @@ from data_pipelines.importers import work
 from data_pipelines.importers.energon import EnergonReader
 from data_pipelines.importers.formats import AUTO, FORMATS, choose_format
 from data_pipelines.importers.publish import Repeat, find_repeats, publish
-from data_pipelines.importers.rows import Unit
+from data_pipelines.importers.rows import HELDOUT, TRAIN, Unit
 from data_pipelines.importers.tables import root_of, source_files
 from data_pipelines.importers.tar_index import TarIndex
 from data_pipelines.importers.tasks import ALIASES, BOX_FORMATS, TASKS, ColumnOptions
@@ -66,6 +66,8 @@ class ImportOptions:
         columns: Task and columns of plain tables.
         ids: `source` keeps the rows' ids, `position` names samples by file and number.
         think: Turn reasoning on (`/think` in the system text) for samples whose answers hold a trace.
+        heldout: Share of the samples of `train` that go to the split `heldout` instead, by a key of their media or id.
+        allow_text: Rows of columns may have no medium.
         limit: Only the first samples of each split.
         workers: Processes; 1 works in this one.
         max_bad: Largest share of rejected rows with which a dataset is made.
@@ -84,6 +86,8 @@ class ImportOptions:
     columns: ColumnOptions = field(default_factory=lambda: ColumnOptions(columns={}))
     ids: str = "source"
     think: bool = False
+    heldout: float = 0.0
+    allow_text: bool = False
     limit: int | None = None
     workers: int = 1
     max_bad: float = 0.05
@@ -111,6 +115,7 @@ def run_import(options: ImportOptions) -> dict[str, Any]:
             units = FORMATS[format_name].reader(source).units(source, options.split, options.media_roots)
             if not units:
                 raise DataError(f"{options.source}: no rows of format {format_name}; see --format")
+            units = _with_heldout(units) if options.heldout else units
             tars = _media_tars(options, source, format_name)
             _claim(folder, options, _identity(options, source, format_name, units, tars))
             _forget_missing_media(folder, options, len(units))
@@ -137,6 +142,12 @@ def run_import(options: ImportOptions) -> dict[str, Any]:
         "rows": sum(r.samples + r.rejected for r in results),
         "seconds": round(time.monotonic() - began, 2),
     }
+
+
+def _with_heldout(units: Sequence[Unit]) -> list[Unit]:
+    """Units of `train` twice, once for each side: a unit gives samples of one split."""
+    kept = [replace(unit, heldout=False) if unit.split == TRAIN else unit for unit in units]
+    return kept + [replace(unit, split=HELDOUT, heldout=True) for unit in units if unit.split == TRAIN]
 
 
 def _counts(entry: Mapping[str, Any]) -> dict[str, int]:
@@ -178,6 +189,8 @@ def _check(options: ImportOptions) -> None:
         problems.append(f"--split {problem}")
     if options.limit is not None and options.limit < 1:
         problems.append(f"--limit {options.limit} must be at least 1")
+    if not 0 <= options.heldout <= 0.5:
+        problems.append(f"--heldout {options.heldout} must be between 0 and 0.5, such as 0.05")
     if options.workers < 1:
         problems.append(f"--workers {options.workers} must be at least 1")
     if not 0 <= options.max_bad <= 1:
@@ -260,6 +273,8 @@ def _identity(
         "files": [[name, found.st_size, found.st_mtime_ns] for name, found in stats],
         "tars": [[str(tar.relative_to(root)), found.st_size, found.st_mtime_ns] for tar, found in tar_stats],
         "units": [[unit.split, unit.path, unit.start, unit.stop] for unit in units],
+        "heldout": options.heldout,
+        "allow_text": options.allow_text,
         "rules": options.rules.digest(TextTokenizer(options.tokenizer).digest()),
         "columns": {**asdict(options.columns), "columns": dict(options.columns.columns)},
         "media_roots": [str(Path(os.path.abspath(root))) for root in options.media_roots],
@@ -291,6 +306,8 @@ def _work_options(
         index=index,
         ids=options.ids,
         think=options.think,
+        heldout=options.heldout,
+        allow_text=options.allow_text,
         rules=options.rules,
         tokenizer=options.tokenizer,
         shard_bytes=int(options.shard_mib * 2**20),
@@ -304,7 +321,8 @@ def _all_units(options: ImportOptions, work_options: WorkOptions, units: Sequenc
     progress = _Progress(len(units), results)
     if options.limit is not None:
         new = _limited(work_options, units, options.limit, results)
-    elif options.workers == 1 or len(missing) <= 1:
+    elif options.workers == 1 or len({(unit.path, unit.start, unit.files) for _, unit in missing}) <= 1:
+        # Processes cost seconds: one unit and its held-out twin are not worth them.
         new = _one_by_one(work_options, missing)
     else:
         new = _in_processes(work_options, missing, min(options.workers, len(missing)))

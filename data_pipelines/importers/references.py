@@ -2,6 +2,9 @@
 
 import base64
 import binascii
+import difflib
+import functools
+import itertools
 import os
 import stat
 from collections.abc import Mapping, Sequence
@@ -13,6 +16,7 @@ from data_pipelines.importers.tar_index import TarIndex
 from data_pipelines.media.image import MAX_IMAGE_BYTES
 from data_pipelines.media.video import MAX_VIDEO_BYTES
 
+_MOST_NAMES = 4096
 MAX_BYTES = {"image": MAX_IMAGE_BYTES, "video": MAX_VIDEO_BYTES}
 
 
@@ -73,12 +77,36 @@ class MediaFinder:
             outside |= not inside
             if inside and os.path.lexists(real):
                 return _read_regular(real, reference, kind)
-        # No folder is named: the same source has to give the same list of rejected rows wherever it lies.
+        # No folder of this machine is named: the same source has to give the same rejected rows wherever it lies.
         if outside:
             raise DataError(
                 f"{kind} {reference!r} lies outside the source folder; if it is yours, add its folder: --media-root"
             )
-        raise DataError(f"{kind} {reference!r} is not in the source folder; name the one it is in with --media-root")
+        near = next((name for place in places if (name := _nearest(place, reference))), "")
+        advice = f"did you mean {near!r}? Otherwise name" if near else "copy it there, or name"
+        raise DataError(
+            f"{kind} {reference!r} is not in the source folder; {advice} the folder it is in with --media-root"
+        )
+
+
+def _nearest(place: Path, reference: str) -> str:
+    """The file whose name is most like a missing one's, as a row would write it; empty when none is."""
+    head, _, name = reference.rpartition("/")
+    names = _names(place / head)
+    same = [other for other in names if other.lower() == name.lower() or Path(other).stem == name]
+    found = same or difflib.get_close_matches(name, names, n=1, cutoff=0.85)
+    return f"{head}/{found[0]}".removeprefix("/") if found else ""
+
+
+@functools.lru_cache(maxsize=64)
+def _names(folder: Path) -> tuple[str, ...]:
+    """File names of a folder in order; none of a huge one, where the search would take too long."""
+    try:
+        with os.scandir(folder) as entries:
+            names = [entry.name for entry in itertools.islice(entries, _MOST_NAMES + 1)]
+    except OSError:
+        return ()
+    return tuple(sorted(names)) if len(names) <= _MOST_NAMES else ()
 
 
 def _read_regular(path: Path, reference: str, kind: str) -> bytes:

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import quote
 
+TRAIN, HELDOUT = "train", "heldout"
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -18,6 +20,7 @@ class Unit:
         stop: End of the range.
         first: Number of its first row in the file, from 0, for messages and identifiers.
         files: Where a unit is several small files: their paths, relative to the source folder.
+        heldout: Only the samples that are held out (True) or that are not (False); all when None.
     """
 
     split: str
@@ -26,6 +29,7 @@ class Unit:
     stop: int = 0
     first: int = 0
     files: tuple[str, ...] = ()
+    heldout: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -100,11 +104,11 @@ def split_of(name: str, override: str | None) -> str:
     for split, names in _SPLIT_NAMES.items():
         if words[0] in names or words[-1] in names:
             return split
-    return "train"
+    return TRAIN
 
 
 _SPLIT_NAMES = {
     "validation": ("val", "valid", "validation", "dev", "eval"),
     "test": ("test",),
-    "heldout": ("heldout",),
+    HELDOUT: ("heldout",),
 }

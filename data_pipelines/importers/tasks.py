@@ -15,6 +15,7 @@ from typing import Any
 
 from data_pipelines.exceptions import DataError
 from data_pipelines.importers.conversations import Draft, as_list
+from data_pipelines.schema import MEDIA_KINDS
 
 BOX_FORMATS = ("xyxy", "xywh")
 BOX_SCALE = 1000
@@ -122,6 +123,11 @@ class Columns:
     def _find(self, role: str) -> str | None:
         names = (self.options.columns[role],) if role in self.options.columns else ALIASES[role]
         return next((n for n in names if self.values.get(n) not in (None, "", [])), None)
+
+    def named(self, role: str) -> str | None:
+        """Column for a role, though it may be empty."""
+        names = (self.options.columns[role],) if role in self.options.columns else ALIASES[role]
+        return self._find(role) or next((n for n in names if n in self.values), None)
 
     def media(self) -> list[dict[str, Any]]:
         """Every image and video of the row as content items, references still open."""
@@ -298,6 +304,11 @@ def choose_task(row: Columns) -> str:
                     "--task caption --column caption=COLUMN, --task ocr or --task document"
                 )
             return name
+    for roles, _ in TASKS.values():
+        # Columns for the task are there, but not all of them say something.
+        if all(row.named(role) for role in roles):
+            empty = ", ".join(repr(row.named(role)) for role in roles if not row.has(role))
+            raise DataError(f"column {empty} is empty: fill it in, or leave the row out")
     needed = "; ".join(f"{name}: {', '.join(roles)}" for name, (roles, _) in TASKS.items())
     raise DataError(
         f"columns {', '.join(map(str, row.values))} fit no task ({needed}); name them with --column ROLE=COLUMN"
@@ -321,8 +332,19 @@ def draft_of_columns(values: Mapping[str, Any], options: ColumnOptions, key: str
     if not pairs:
         raise DataError("the row asks nothing: its list of questions is empty")
     messages: list[dict[str, Any]] = []
+    media = row.media()
     for question, answer in pairs:
-        messages.append({"role": "user", "content": [{"type": "text", "text": question}]})
+        attached = media if not messages else []
+        messages.append({"role": "user", "content": [*attached, _question(question, attached)]})
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-    messages[0]["content"] = [*row.media(), *messages[0]["content"]]
     return Draft(messages)
+
+
+def _question(text: str, media: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A question as a text item. A table cannot say which tags are words: those that cannot be places are."""
+    item: dict[str, Any] = {"type": "text", "text": text}
+    for kind in MEDIA_KINDS:
+        tags = text.count(f"<{kind}>")
+        if tags and tags != sum(medium["type"] == kind for medium in media):
+            item["literal"] = True
+    return item

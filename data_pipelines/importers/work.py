@@ -1,9 +1,10 @@
 """What one worker does: import one unit of a source into a folder of its own, complete or not there."""
 
+import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -47,6 +48,8 @@ class WorkOptions:
         index: SQLite file with the members of media tars, if there are any.
         ids: Where sample ids come from.
         think: Turn reasoning on for samples whose answers hold a trace.
+        heldout: Share of the samples that are held out.
+        allow_text: Rows of columns may have no medium.
         rules: Prompt and tile rules.
         tokenizer: Folder of the tokenizer.
         shard_bytes: Size at which a shard is closed.
@@ -60,6 +63,8 @@ class WorkOptions:
     index: Path | None
     ids: str
     think: bool
+    heldout: float
+    allow_text: bool
     rules: RenderRules
     tokenizer: Path
     shard_bytes: int
@@ -121,7 +126,12 @@ class Worker:
         task = columns.task or spec.task
         finder = MediaFinder(options.media_roots, index)
         self.converter = Converter(
-            options.format_name, replace(columns, task=task), finder, options.ids, think=options.think
+            options.format_name,
+            replace(columns, task=task),
+            finder,
+            options.ids,
+            think=options.think,
+            allow_text=options.allow_text,
         )
         self.tokenizer = TextTokenizer(options.tokenizer)
 
@@ -155,14 +165,18 @@ class Worker:
         self, unit: Unit, rejected: list[Rejected], places: list[str]
     ) -> Iterator[tuple[dict[str, Any], dict[str, bytes], dict[str, Any]]]:
         for row in self.reader.rows(self.options.source, unit):
+            # Of the two units that share these rows one tells of the bad ones.
+            bad = [] if unit.heldout else rejected
             if isinstance(row, Rejected):
-                rejected.append(row)
+                bad.append(row)
                 continue
             try:
                 record, media = self.converter.sample(row)
+                if unit.heldout is not None and held_out(record, media, self.options.heldout) != unit.heldout:
+                    continue
                 described = self._describe(record, media)
             except _DEFECTS as error:
-                rejected.append(_rejected(row, self.converter.key(row), error))
+                bad.append(_rejected(row, self.converter.key(row), error))
                 continue
             places.append(row.where)
             yield record, media, described
@@ -172,6 +186,16 @@ class Worker:
             return describe(record, media, self.options.rules, self.tokenizer)
         except DataError as error:
             raise DataError(in_source_words(str(error), record)) from error
+
+
+def held_out(record: Mapping[str, Any], media: Mapping[str, bytes], share: float) -> bool:
+    """Whether a sample is held out: by its first medium, so that all questions about a picture are on one side.
+
+    A function of the sample alone: rows that are added or taken out change the side of no other.
+    """
+    key = next(iter(media.values()), None)
+    digest = hashlib.blake2b(record["id"].encode() if key is None else key, digest_size=8, person=b"heldout")
+    return int.from_bytes(digest.digest()) < share * 2**64
 
 
 def _rejected(row: Row, key: str, error: Exception) -> Rejected:

@@ -41,7 +41,7 @@ def image_size(data: bytes) -> tuple[int, int]:
     Raises:
         DataError: Not a JPEG, PNG or WebP file, or larger than `MAX_PIXELS`.
     """
-    image = _open(data)
+    image = open_image(data)
     swapped = _orientation(image) in _SWAPS_AXES
     return (image.height, image.width) if swapped else (image.width, image.height)
 
@@ -54,7 +54,7 @@ def decode_image(data: bytes) -> torch.Tensor:
     Raises:
         DataError: Wrong kind of file, too large, truncated or damaged.
     """
-    image = _open(data)
+    image = open_image(data)
     turn = _UPRIGHT.get(_orientation(image))
     if image.format == "JPEG" and image.mode in ("RGB", "L") and turn is None:
         try:
@@ -97,7 +97,12 @@ def resize(image: torch.Tensor, width: int, height: int) -> torch.Tensor:
     return batch[0].contiguous()
 
 
-def _open(data: bytes) -> Image.Image:
+def open_image(data: bytes) -> Image.Image:
+    """Open an image of an accepted kind and size; nothing is decoded yet.
+
+    Raises:
+        DataError: Wrong kind of file, too large, animated, or a header that cannot be read.
+    """
     if len(data) > MAX_IMAGE_BYTES:
         raise DataError(f"image file of {len(data)} bytes is larger than {MAX_IMAGE_BYTES} bytes")
     # A switch of the whole process, which other libraries turn on: half a picture would be trained on as grey.

@@ -5,7 +5,8 @@ Shape legend: T frames, P tile side.
 
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -55,8 +56,14 @@ def probe(data: bytes) -> MediaShape:
         return MediaShape("video", stream.codec_context.width, stream.codec_context.height, fps, frames)
 
 
-def video_tiles(data: bytes, indices: Sequence[int], tile_size: int) -> torch.Tensor:
+def video_tiles(data: bytes, indices: Sequence[int], tile_size: int, frames: int | None = None) -> torch.Tensor:
     """Decode the frames `indices` (rising), each resized to one tile without keeping its aspect ratio.
+
+    Args:
+        data: Bytes of the video.
+        indices: Numbers of frames, from 0.
+        tile_size: P.
+        frames: Frames of the video where that is known, which saves decoding some that are not asked for.
 
     Returns:
         [T, 3, P, P] uint8.
@@ -65,30 +72,60 @@ def video_tiles(data: bytes, indices: Sequence[int], tile_size: int) -> torch.Te
         DataError: The stream is damaged or ends before the last frame asked for.
     """
     tiles = []
-    for frame in decoded_frames(data, indices):
+    for frame in decoded_frames(data, indices, frames):
         pixels = np.ascontiguousarray(frame.to_ndarray(format="rgb24"))
         tiles.append(resize(torch.from_numpy(pixels), tile_size, tile_size))
     return torch.stack(tiles)
 
 
-def decoded_frames(data: bytes, indices: Sequence[int]) -> Iterator[Any]:
+def decoded_frames(data: bytes, indices: Sequence[int], frames: int | None = None) -> Iterator[Any]:
     """PyAV's frames of some numbers (rising; a number may repeat).
+
+    Args:
+        data: Bytes of the video.
+        indices: Numbers of frames, from 0.
+        frames: Frames of the video where that is known.
 
     Raises:
         DataError: The stream is damaged or ends before the last frame asked for.
     """
-    wanted = iter(indices)
-    target: int | None = next(wanted, None)
+    wanted = Counter(indices)
     given = 0
+    stamps = _stamps(data, frames)
+    numbers = {stamp: number for number, stamp in enumerate(stamps)}
     with _container(data) as container:
-        for number, frame in enumerate(_decoded(container, container.streams.video[0])):
-            while target == number:
+        stream = container.streams.video[0]
+        needed = {stamps[index] for index in wanted if index < len(stamps)} if stamps else None
+        for position, frame in enumerate(_decoded(container, stream, needed)):
+            number = numbers.get(frame.pts, -1) if stamps else position
+            for _ in range(wanted.pop(number, 0)):
                 yield frame
                 given += 1
-                target = next(wanted, None)
-            if target is None:
+            if not wanted:
                 return
     raise DataError(f"video ends after {given} of the {len(indices)} frames that its metadata promise")
+
+
+def _stamps(data: bytes, frames: int | None) -> list[int]:
+    """Time stamps of all frames in the order they are shown; empty unless frames can be told apart by them.
+
+    H.264 marks pictures that no other picture refers to (`nal_ref_idc` 0, ITU-T H.264 7.4.1): what is asked for is the
+    same without them, to the last bit. Which frame a packet holds is known only where packets and frames are as many,
+    each with a stamp of its own and none to be dropped.
+    """
+    if frames is None:
+        return []
+    with _container(data) as container:
+        stream = container.streams.video[0]
+        if stream.codec_context.name != "h264":
+            return []
+        # Packets are not kept: together they are the whole file once more.
+        packets = [
+            (packet.pts, packet.is_discard or packet.is_corrupt) for packet in container.demux(stream) if packet.size
+        ]
+    stamps = sorted({stamp for stamp, _ in packets if stamp is not None})
+    clean = not any(dropped for _, dropped in packets)
+    return stamps if clean and len(stamps) == len(packets) == frames else []
 
 
 def _container(data: bytes) -> Any:
@@ -119,11 +156,17 @@ def _size_problem(container: Any) -> str:
     return ""
 
 
-def _decoded(container: Any, stream: Any) -> Iterator[Any]:
+def _decoded(container: Any, stream: Any, needed: Collection[int] | None = None) -> Iterator[Any]:
+    """Frames in the order they are shown: all, or at least those with the time stamps that are needed."""
     import av
 
     stream.thread_count = 1  # workers are the parallelism; more threads in each only fight for the cores
     try:
-        yield from container.decode(stream)
+        if needed is None:
+            yield from container.decode(stream)
+            return
+        for packet in container.demux(stream):
+            stream.codec_context.skip_frame = "DEFAULT" if packet.pts in needed else "NONREF"
+            yield from packet.decode()
     except (av.error.FFmpegError, ValueError) as error:
         raise DataError(f"video is damaged: {error}") from error

@@ -22,8 +22,8 @@ START, END = "<think>", "</think>"
 _FIXES = {
     "storage": "copy the shard again, or import the source again",
     "record": "repair the row in the source and import again",
-    "image": "replace the file in the source and import again, or: nemovl data quarantine add FOLDER --key ID",
-    "video": "replace the file in the source and import again, or: nemovl data quarantine add FOLDER --key ID",
+    "image": "replace the file in the source and import again, or: nemovl data quarantine add FOLDER KEY",
+    "video": "replace the file in the source and import again, or: nemovl data quarantine add FOLDER KEY",
     "length": "import again: the tokenizers library counts otherwise than when the folder was written",
     "too_long": "shorten the text, or train with a larger data.seq_length; as it is, the plan leaves the sample out",
     "empty_answer": "write an answer, or leave the row out",
@@ -108,7 +108,7 @@ class SampleChecks:
         if self.tokenizer is not None:
             for severity, check, reason in self._length(stored, layouts, entry, self.tokenizer):
                 add(severity, check, reason)
-        return found, _content_hash(stored)
+        return found, content_hash(stored)
 
     def _media(self, stored: StoredSample, layouts: list[MediaLayout]) -> Iterator[tuple[str, str]]:
         items = list(media_items(stored.record))
@@ -120,9 +120,9 @@ class SampleChecks:
                 if not self.fast:
                     media_tiles([item], [shape], [layout], stored.media, self.rules)
                 elif item.kind == "image" and image_size(stored.media[item.member]) != (shape.width, shape.height):
-                    yield item.kind, f"{item.member}: the header has another size than the manifest"
+                    yield item.kind, f"{item.source}: the header has another size than the manifest"
             except (DataError, KeyError) as error:
-                yield item.kind, f"{item.member}: {error}"
+                yield item.kind, f"{item.source}: {error}"
 
     def _length(
         self, stored: StoredSample, layouts: list[MediaLayout], entry: Mapping[str, Any], tokenizer: TextTokenizer
@@ -199,11 +199,16 @@ def think_problem(text: str) -> str:
     return ""
 
 
-def _content_hash(stored: StoredSample) -> int:
+def content_hash(stored: StoredSample) -> int:
+    """64-bit hash of messages and media; the names of sample and media do not count."""
     messages = json.dumps(
-        [[m["role"], [_bare(item) for item in content_items(m)]] for m in stored.record["messages"]], sort_keys=True
+        [
+            [m["role"], [_bare(item) for item in content_items(m)], m.get("tool_calls", [])]
+            for m in stored.record["messages"]
+        ],
+        sort_keys=True,
     )
-    sha = hashlib.sha256(messages.encode())
+    sha = hashlib.sha256((messages + json.dumps(stored.record.get("tools", []))).encode())
     for item in media_items(stored.record):
         if item.member in stored.media:
             sha.update(hashlib.sha256(stored.media[item.member]).digest())

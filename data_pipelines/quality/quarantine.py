@@ -9,6 +9,7 @@ A manifest's hash is part of a run's plan, so a run that is under way refuses to
 Restoring them brings back the very bytes, and with them the plan, that were there before.
 """
 
+import difflib
 import fcntl
 import json
 import logging
@@ -32,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 REASONS = "quarantine.jsonl"
 REJECTED = "rejected.jsonl"
+_SEARCHED = 10_000
+"""Ids that a mistyped one is compared with: more would take seconds."""
 _SUMS = ("tiles", "total_tokens", "supervised_tokens")
 
 
@@ -61,7 +64,9 @@ def _set_aside(folder: Path, split: str, reasons: Mapping[str, str]) -> int:
     if not wanted:
         return 0
     if missing := sorted(set(wanted) - set(whole["key"].to_pylist())):
-        raise DataError(f"{folder} has no sample {missing[0]!r} in split {split!r}")
+        near = difflib.get_close_matches(missing[0], whole["key"].slice(0, _SEARCHED).to_pylist(), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; it has ids like {whole['key'][0].as_py()!r}"
+        raise DataError(f"{folder} has no sample {missing[0]!r} in split {split!r}{hint}")
     if len(known) + len(wanted) == len(whole):
         raise DataError(f"every sample of split {split!r} would be set aside; repair the source and import again")
     lines += [{"split": split, "key": key, "reason": reasons[key]} for key in wanted]

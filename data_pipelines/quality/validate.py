@@ -1,9 +1,7 @@
 """Every sample of a dataset folder checked, every problem named: file, key, reason, fix."""
 
 import time
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ from data_pipelines.dataset import Dataset, read_info
 from data_pipelines.exceptions import DataError
 from data_pipelines.manifest import file_sha256, manifest_name
 from data_pipelines.media.rules import RenderRules
-from data_pipelines.processes import process_pool
+from data_pipelines.processes import in_order, process_pool
 from data_pipelines.quality.checks import ERROR, WARNING, Problem, SampleChecks
 from data_pipelines.tokenizer import TextTokenizer
 
@@ -156,15 +154,7 @@ def _checked(spec: _Spec, rows: int, workers: int) -> Iterator[tuple[range, _Che
         yield from ((chunk, _check_rows(checks, chunk)) for chunk in chunks)
         return
     with process_pool(workers, _start, spec) as pool:
-        running: deque[tuple[range, Future[_Checked]]] = deque()
-        for chunk in chunks:
-            # Not all at once: millions of futures would be built before the first is done.
-            if len(running) >= _CHUNKS_AHEAD * workers:
-                done, future = running.popleft()
-                yield done, future.result()
-            running.append((chunk, pool.submit(_check_in_process, chunk)))
-        for done, future in running:
-            yield done, future.result()
+        yield from in_order(pool, _check_in_process, chunks, ahead=_CHUNKS_AHEAD * workers)
 
 
 def _open(spec: _Spec) -> SampleChecks:

@@ -75,6 +75,54 @@ def write_whole(path: Path, text: str) -> None:
         raise
 
 
+class HashedFile:
+    """A new file whose SHA-256 is taken from the bytes on their way to it, never by reading it back.
+
+    What the disk makes of them cannot change the hash, so a later check sees every difference.
+
+    Args:
+        path: File to create.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.bytes = 0
+        self._digest = hashlib.sha256()
+        self._file = path.open("wb", buffering=0)
+
+    def write(self, block: bytes | memoryview) -> None:
+        """Append a block."""
+        left = memoryview(block)
+        self._digest.update(left)
+        self.bytes += len(left)
+        while left:
+            # A system call takes at most 2 GiB, and less on some file systems.
+            left = left[self._file.write(left) :]
+
+    def close(self) -> dict[str, int | str]:
+        """Push the bytes to the disk.
+
+        Returns:
+            The file's entry of `integrity.json`: `bytes` and `sha256`.
+        """
+        try:
+            os.fsync(self._file.fileno())
+        finally:
+            self._file.close()
+        return {"bytes": self.bytes, "sha256": self._digest.hexdigest()}
+
+
+def write_hashed(path: Path, text: str) -> dict[str, int | str]:
+    """Create a small file; the same entry as `HashedFile.close`."""
+    file = HashedFile(path)
+    try:
+        file.write(text.encode())
+    except BaseException:
+        file.close()
+        raise
+    return file.close()
+
+
 def fsync(path: Path) -> None:
     """Push a file's bytes, or a folder's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

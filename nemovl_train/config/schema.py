@@ -21,6 +21,8 @@ class LanguageConfig:
         vocab_size: Rows of embedding and head as stored, padding included.
         base_vocab_size: Rows of the text-only model before the media tags were added.
         position: `none` (order comes from the Mamba layers) or `rope`.
+        rope_scaling_factor: Factor by which Llama 3.1 stretches long wavelengths (with its fixed bounds 1, 4 and 8,192
+            tokens); 1 stretches none.
     """
 
     hidden_size: int = 5120
@@ -39,6 +41,7 @@ class LanguageConfig:
     activation: str = "squared_relu"
     position: str = "none"
     rope_theta: float = 500000.0
+    rope_scaling_factor: float = 1.0
     max_position: int = 131072
     vocab_size: int = 132096
     base_vocab_size: int = 131072
@@ -89,10 +92,19 @@ class VisionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectorConfig:
-    """RMSNorm, linear, squared ReLU, linear; no biases."""
+    """Norm, linear, activation, linear.
+
+    Attributes:
+        norm: `rmsnorm`, or `layernorm` as in the predecessor.
+        activation: `squared_relu`, or `gelu` (exact) as in the predecessor.
+        bias: Both linears have biases, as in the predecessor.
+    """
 
     ffn_hidden_size: int = 20480
     norm_eps: float = 1e-5
+    norm: str = "rmsnorm"
+    activation: str = "squared_relu"
+    bias: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,12 +151,14 @@ class ParallelConfig:
         sequence_parallel: Split the residual stream between layers over the tensor parallel ranks as well.
         mamba_context: With cp > 1, `state_passing` scans every rank's own tokens and hands states on; `head_exchange`
             turns token shares into head shares and back.
+        collective_timeout_s: A collective that takes longer ends the run: some rank does not come.
     """
 
     tp: int = 1
     cp: int = 1
     sequence_parallel: bool = False
     mamba_context: str = "state_passing"
+    collective_timeout_s: float = 1200.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,11 +209,50 @@ class RecomputeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdapterTargets:
+    """Linear layers that get adapters, by part: globs over module names or over their ends (`in_proj`, `mixer.*`, `*`).
+
+    A part without patterns has no adapters.
+    """
+
+    vision: tuple[str, ...] = ()
+    projector: tuple[str, ...] = ()
+    language: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """Low-rank adapters (LoRA, arXiv 2106.09685): frozen linear layers compute W x + alpha / rank * B A x.
+
+    Parts that are named in `trainer.train` as well train as a whole, beside the adapters of others.
+
+    Attributes:
+        rank: Rows of A and columns of B; 0 turns adapters off.
+        alpha: Numerator of the adapters' scale.
+        targets: Layers that get them.
+    """
+
+    rank: int = 0
+    alpha: float = 32.0
+    targets: AdapterTargets = field(default_factory=AdapterTargets)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartScales:
+    """A factor for each part of the model."""
+
+    vision: float = 1.0
+    projector: float = 1.0
+    language: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """AdamW with linear warm-up and cosine decay.
 
     Attributes:
         lr: Peak learning rate.
+        lr_scale: What each part's learning rate is multiplied with, all along the schedule.
         min_lr: Learning rate at the end of the cosine.
         warmup_fraction: Share of the run's steps that warm up linearly.
         weight_decay: Decoupled decay. Parameters with one dimension (norms, biases, A_log, D, dt_bias) have none; all
@@ -217,6 +270,7 @@ class OptimConfig:
     """
 
     lr: float = 2e-5
+    lr_scale: PartScales = field(default_factory=PartScales)
     min_lr: float = 0.0
     warmup_fraction: float = 0.1
     beta1: float = 0.9
@@ -239,11 +293,18 @@ class TrainerConfig:
     Attributes:
         steps: Optimiser steps.
         global_batch: Packs of one step over all ranks.
-        train: Parts with gradients; the others stay bit-identical and hold no optimizer state.
+        train: Parts whose own weights have gradients; those of the others stay bit-identical and hold no optimizer
+            state. May be empty where adapters train.
         seed: Seed of data order, initial weights and every keyed random choice.
         max_bad_steps: Steps with a non-finite loss or gradient norm that are skipped before the run stops.
         init_from: Checkpoint folder (or run stage) whose weights the run starts from; random weights when None.
         threads: PyTorch threads of a CPU process; 0 keeps PyTorch's choice.
+        spike_sigma: A step whose loss or gradient norm is this many standard deviations above the mean of the last 128
+            changes nothing and counts as bad; 0 takes every finite step.
+        check_replicas_every: Steps between two comparisons of the weights that ranks hold alike; 0 for none.
+        stall_timeout_s: Without progress for so long, all stacks are written and the run ends; 0 waits for ever. The
+            first step has three times as long.
+        time_limit_s: Seconds after which the run has to be over, its save included; 0 takes the end of the SLURM job.
     """
 
     steps: int = 100
@@ -253,19 +314,37 @@ class TrainerConfig:
     max_bad_steps: int = 10
     init_from: str | None = None
     threads: int = 0
+    spike_sigma: float = 0.0
+    check_replicas_every: int = 100
+    stall_timeout_s: float = 1800.0
+    time_limit_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When to save and what to keep."""
+    """When to save and what to keep. A checkpoint stays when any of the three rules holds it.
+
+    Attributes:
+        keep_last: Newest checkpoints that stay.
+        keep_every: Those whose step divides by this stay; 0 for none.
+        keep_best: Those of the lowest mean loss over the last 128 steps that stay; 0 for none.
+        in_background: Training goes on while a checkpoint is written.
+        grace_s: Seconds between the scheduler's signal and the kill; a save that is too slow for it is warned about.
+        accept_changes: Options that this start may change in a run that decides its result by them.
+    """
 
     every_steps: int = 100
     keep_last: int = 2
+    keep_every: int = 0
+    keep_best: int = 0
+    in_background: bool = True
+    grace_s: float = 120.0
+    accept_changes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """Held-out evaluation at the end of a stage.
+    """Held-out evaluation at the end of a stage and, where asked for, while it trains.
 
     Attributes:
         sources: Dataset folders by name; split `split` of each is read once.
@@ -273,6 +352,10 @@ class EvalConfig:
         seq_length: Tokens of an evaluation pack; longer samples are left out and counted.
         max_samples: Most samples of each source.
         predictions: Greedy answers written out per source, for the report.
+        every_steps: Steps between two measurements of the held-out loss while training; 0 measures none. It is the mean
+            over the sources, each counting alike.
+        keep_best: Keep the weights of the lowest such loss in the stage's folder `best`.
+        patience: End the stage after so many measurements in a row without a lower loss; 0 never does.
     """
 
     sources: dict[str, str] = field(default_factory=dict)
@@ -280,6 +363,9 @@ class EvalConfig:
     seq_length: int = 16384
     max_samples: int = 200
     predictions: int = 4
+    every_steps: int = 0
+    keep_best: bool = False
+    patience: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,7 +384,7 @@ class ClusterConfig:
 
     Attributes:
         name: Option of the group `cluster` that this is; a schedule hands it to its stages.
-        gpu: Type of the GPUs, `h100_80gb` or `h200_141gb`.
+        gpu: Type of the GPUs, `h100_80gb`, `h200_141gb`, `a100_80gb` or `b200_180gb`.
         gpus: GPUs of a run; None where the recipe does not say.
         gpus_per_node: GPUs that one NVLink domain joins.
     """
@@ -330,7 +416,7 @@ class WorkloadConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunSection:
-    """Where a run lives: `root/name/stage`, fixed by the recipe so that a restart finds it again."""
+    """Where a run lives: `root` / `name` / `stage`, fixed by the recipe so that a restart finds it again."""
 
     name: str = "run"
     stage: str = "train"
@@ -348,6 +434,7 @@ class RunConfig:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

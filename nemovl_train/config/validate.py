@@ -11,12 +11,15 @@ from dataclasses import asdict
 from typing import Any
 
 from data_pipelines.config import LOSS_MODES, LOSS_UNITS, PACKING_MODES
+from nemovl_train.config.adapters import adapter_problems
 from nemovl_train.config.nearest import did_you_mean, nearest_multiples
-from nemovl_train.config.schema import PARTS, RunConfig, RunSection, ScheduleConfig, VisionConfig
+from nemovl_train.config.schema import PARTS, EvalConfig, RunConfig, RunSection, ScheduleConfig, VisionConfig
 from nemovl_train.parallel.legality import layout_problems
 
 ACTIVATIONS = ("squared_relu", "swiglu")
 POSITIONS = ("none", "rope")
+PROJECTOR_NORMS = ("rmsnorm", "layernorm")
+PROJECTOR_ACTIVATIONS = ("squared_relu", "gelu")
 VISION_ACTIVATIONS = ("gelu", "gelu_tanh")
 PARAMS = ("fp32", "bf16")
 BACKENDS = ("auto", "te", "torch")
@@ -26,7 +29,7 @@ LANGUAGE_RECOMPUTE = ("none", "selective", "full")
 STATES = ("fp32", "bf16_moments", "lean")
 VISION_RECOMPUTE = ("none", "selective", "full", "tiles")
 MAKERS = ("none", "tiny")
-GPUS = ("h100_80gb", "h200_141gb")
+GPUS = ("h100_80gb", "h200_141gb", "a100_80gb", "b200_180gb")
 MOST_BF16_SUMS = 8
 """Micro-batches of a step whose gradients are added up in bfloat16, which has 8 bits: more would lose small ones."""
 PIXEL_SHUFFLE = 2
@@ -51,6 +54,7 @@ def validate_run(config: RunConfig, *, world_size: int | None = None) -> list[st
         *_engine(config),
         *_recompute(config),
         *_trainer(config),
+        *adapter_problems(config),
         *_rest(config),
         *_layout(config),
         *_cluster(config),
@@ -165,7 +169,9 @@ def _language(config: RunConfig) -> Iterator[str]:
         yield f"{prefix}.hybrid_pattern={lm.hybrid_pattern!r}: M (Mamba-2), - (MLP) or * (attention) for each layer"
     for key in ("hidden_size", "head_dim", "ffn_hidden_size", "mamba_head_dim", "mamba_state_dim", "chunk_size"):
         yield from _positive(f"{prefix}.{key}", getattr(lm, key))
-    for key in ("norm_eps", "init_std", "rope_theta", "max_position", "conv_kernel", "base_vocab_size"):
+    for key in ("norm_eps", "init_std", "rope_theta", "rope_scaling_factor"):
+        yield from _positive(f"{prefix}.{key}", getattr(lm, key))
+    for key in ("max_position", "conv_kernel", "base_vocab_size"):
         yield from _positive(f"{prefix}.{key}", getattr(lm, key))
     yield from _divisible(
         f"{prefix}.num_attention_heads", lm.num_attention_heads, f"{prefix}.num_query_groups", lm.num_query_groups
@@ -213,6 +219,8 @@ def _tiles(config: RunConfig) -> Iterator[str]:
         yield f"data.tile_size={tile}: must equal model.vision.tile_size; nearest: {expected}"
     yield from _positive("model.projector.ffn_hidden_size", config.model.projector.ffn_hidden_size)
     yield from _positive("model.projector.norm_eps", config.model.projector.norm_eps)
+    yield from _choice("model.projector.norm", config.model.projector.norm, PROJECTOR_NORMS)
+    yield from _choice("model.projector.activation", config.model.projector.activation, PROJECTOR_ACTIVATIONS)
     if config.model.tokens_per_tile >= config.data.seq_length:
         yield (
             f"data.seq_length={config.data.seq_length}: one tile alone has {config.model.tokens_per_tile} tokens; "
@@ -266,6 +274,8 @@ def _precision_and_optim(config: RunConfig) -> Iterator[str]:
     yield from _choice("precision.backend", config.precision.backend, BACKENDS)
     optim = config.optim
     yield from _positive("optim.lr", optim.lr)
+    for part in PARTS:
+        yield from _positive(f"optim.lr_scale.{part}", getattr(optim.lr_scale, part))
     yield from _within("optim.min_lr", optim.min_lr, 0, max(optim.lr, 0))
     yield from _within("optim.warmup_fraction", optim.warmup_fraction, 0, 1)
     yield from _within("optim.beta1", optim.beta1, 0, 1, open_end=True)
@@ -326,6 +336,17 @@ def _deepspeed(config: RunConfig) -> Iterator[str]:
         yield f"optim.states={optim.states} is megatron-core's; set optim.states=fp32 with engine.name=deepspeed"
     if not optim.distributed:
         yield "optim.distributed=false is megatron-core's; set optim.distributed=true with engine.name=deepspeed"
+    for part in PARTS:
+        if (scale := getattr(optim.lr_scale, part)) != 1:
+            key = f"optim.lr_scale.{part}"
+            yield f"{key}={scale} is megatron-core's; set {key}=1 with engine.name=deepspeed"
+    if config.adapter.rank:
+        yield f"adapter.rank={config.adapter.rank}: engine.name=deepspeed trains whole weights; set adapter.rank=0"
+    if every := config.trainer.check_replicas_every:
+        yield (
+            f"trainer.check_replicas_every={every}: engine.name=deepspeed shares weights out or keeps some to itself; "
+            "set trainer.check_replicas_every=0"
+        )
     if engine.offload_params and engine.zero_stage < 3:
         yield f"engine.offload_params=true: stage {engine.zero_stage} keeps whole weights; set engine.zero_stage=3"
     if config.precision.params == "bf16" and engine.zero_stage < 3 and engine.offload_optimizer:
@@ -344,13 +365,15 @@ def _trainer(config: RunConfig) -> Iterator[str]:
     trainer = config.trainer
     for key in ("steps", "global_batch"):
         yield from _at_least(f"trainer.{key}", getattr(trainer, key), 1)
-    for key in ("max_bad_steps", "threads", "seed"):
+    for key in ("max_bad_steps", "threads", "seed", "spike_sigma", "check_replicas_every", "time_limit_s"):
         yield from _at_least(f"trainer.{key}", getattr(trainer, key), 0)
+    yield from _timeouts(config)
     parts = config.model.parts
     for key, names in (("model.parts", parts), ("trainer.train", trainer.train)):
         for name in names:
             yield from _choice(key, name, PARTS)
-        if not names or len(set(names)) != len(names):
+        needed = key == "model.parts" or not config.adapter.rank
+        if (needed and not names) or len(set(names)) != len(names):
             yield f"{key}={list(names)}: name each part once, at least one of {', '.join(PARTS)}"
     absent = [name for name in trainer.train if name in PARTS and name not in parts]
     if absent:
@@ -359,18 +382,47 @@ def _trainer(config: RunConfig) -> Iterator[str]:
         yield f"model.parts={list(parts)}: vision and projector come together; use all three or language alone"
 
 
+def _timeouts(config: RunConfig) -> Iterator[str]:
+    stall, collective = config.trainer.stall_timeout_s, config.parallel.collective_timeout_s
+    yield from _at_least("trainer.stall_timeout_s", stall, 0)
+    yield from _positive("parallel.collective_timeout_s", collective)
+    if 0 < stall <= collective:
+        yield (
+            f"trainer.stall_timeout_s={stall:g}: above parallel.collective_timeout_s = {collective:g}, so that the "
+            f"collective that is stuck gets to say so; nearest: {collective * 1.5:g}, or 0 to watch nothing"
+        )
+
+
 def _rest(config: RunConfig) -> Iterator[str]:
     yield from _at_least("checkpoint.every_steps", config.checkpoint.every_steps, 1)
     # Retention must never remove the last good checkpoint.
     yield from _at_least("checkpoint.keep_last", config.checkpoint.keep_last, 1)
+    for key in ("keep_every", "keep_best", "grace_s"):
+        yield from _at_least(f"checkpoint.{key}", getattr(config.checkpoint, key), 0)
     yield from _at_least("evaluation.max_samples", config.evaluation.max_samples, 1)
     yield from _at_least("evaluation.predictions", config.evaluation.predictions, 0)
+    yield from _validation(config.evaluation)
     if not config.evaluation.split:
         yield "evaluation.split is empty; give the name of the held-out split"
     for name, path in config.evaluation.sources.items():
         if not path:
             yield f"evaluation.sources.{name} is empty; give the dataset folder"
     yield from _at_least("logging.every_steps", config.logging.every_steps, 1)
+
+
+def _validation(options: EvalConfig) -> Iterator[str]:
+    for key in ("every_steps", "patience"):
+        yield from _at_least(f"evaluation.{key}", getattr(options, key), 0)
+    for key in ("keep_best", "patience"):
+        value = getattr(options, key)
+        if value and not options.every_steps:
+            shown = str(value).lower()
+            yield f"evaluation.{key}={shown} needs a held-out loss while training; set evaluation.every_steps=100"
+    if options.every_steps and not options.sources:
+        yield (
+            f"evaluation.every_steps={options.every_steps}: evaluation.sources is empty; "
+            "add +evaluation.sources.NAME=FOLDER, or set evaluation.every_steps=0"
+        )
 
 
 def _layout(config: RunConfig) -> Iterator[str]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from nemovl_train.config.schema import ModelConfig
 from nemovl_train.convert.hf_layout import timm_name
+from nemovl_train.convert.names import is_llama
 
 OPENS = {
     "vlm": """\
@@ -16,8 +17,7 @@ OPENS = {
 | vLLM, SGLang | by layout, not run by the export | tensor names and `config.json` are those of the released model |
 
 vLLM and SGLang look the tower's sizes up by `vision_config.args.model` (here `{tower}`), so they refuse a tower of a
-size they have no name for. This folder carries no code: an engine that asks for the released folder's Python files
-needs them added from there. Transformers has no class for `NemotronH_Nano_VL_V2` itself; with its Omni class:
+size they have no name for. {code} Transformers has no class for `NemotronH_Nano_VL_V2` itself; with its Omni class:
 
 ```python
 from transformers import AutoConfig, NemotronH_Omni_Reasoning_V3
@@ -29,18 +29,43 @@ Transformers then reports the video embedder and `summary_idxs` as missing (this
 use them) and `input_conditioner.*` as unexpected (pixels are normalised before the tower). Its Mamba layers clamp the
 time step at 0.001 from below, which the training code does not: set `mixer.time_step_limit = (0.0, float("inf"))` on
 each for equal numbers.""",
+    "llama": """\
+| engine | opens it | why |
+|---|---|---|
+| nemovl | yes | `nemovl convert import`, `nemovl generate` |
+| Transformers, native classes | in parts | `LlamaForCausalLM` and `RadioModel`; there is no class for the whole |
+| vLLM | by layout, not run by the export | it registers `Llama_Nemotron_Nano_VL` with these names and fields |
+
+vLLM builds the tower from the code that `vision_config.auto_map` names. {code}""",
     "language": """\
 | engine | opens it | why |
 |---|---|---|
 | nemovl | yes | `nemovl convert import` |
 | Transformers | yes, `NemotronHForCausalLM` | native class with the same tensor names |
 | vLLM, SGLang | by layout; not run by the export | they register `NemotronHForCausalLM` with these names |""",
+    "llama_language": """\
+| engine | opens it | why |
+|---|---|---|
+| nemovl | yes | `nemovl convert import` |
+| Transformers | yes, `LlamaForCausalLM` | native class with the same tensor names |
+| vLLM, SGLang | by layout; not run by the export | they register `LlamaForCausalLM` with these names |""",
     "vision": """\
 | engine | opens it | why |
 |---|---|---|
 | nemovl | yes | `nemovl convert import` |
 | Transformers | yes, `RadioModel` | native class that reads the tower's published names |""",
 }
+
+
+NO_CODE = (
+    "This folder carries no code: an engine that asks for the released folder's Python files needs them added from "
+    "there."
+)
+CODE = (
+    "The Python files ({names}) are those of the folder that was imported, byte for byte; nemovl never runs them. With "
+    "`trust_remote_code=True` Transformers does: read them first. What they need (timm, mamba-ssm, a GPU) is theirs to "
+    "say."
+)
 
 
 def model_card(
@@ -78,12 +103,20 @@ def model_card(
         "## How it was made",
         "\n".join(f"- **{k}**: {_value(v)}" for k, v in card.items()) or "No record was given to the export.",
         "## What opens this folder",
-        OPENS[kind].replace("{tower}", timm_name(config.vision)),
+        _opens(config, kind, files),
         "## Files",
         "\n".join(["| file | SHA-256 |", "|---|---|", *(f"| `{k}` | `{v}` |" for k, v in files.items())]),
         "`nemovl convert verify FOLDER` checks names, shapes, hashes, the round trip and the logits.",
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _opens(config: ModelConfig, kind: str, files: Mapping[str, str]) -> str:
+    llama = kind != "vision" and is_llama(config.language)
+    key = {"vlm": "llama", "language": "llama_language"}[kind] if llama else kind
+    names = sorted(name for name in files if name.endswith(".py"))
+    code = CODE.replace("{names}", ", ".join(f"`{n}`" for n in names)) if names else NO_CODE
+    return OPENS[key].replace("{tower}", timm_name(config.vision)).replace("{code}", code)
 
 
 def _value(value: Any) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,20 +16,29 @@ from torch import Tensor
 
 from data_pipelines.config import DataConfig
 from nemovl_train.checkpoint import sealed
+from nemovl_train.checkpoint.base import refuse_adapters
+from nemovl_train.checkpoint.sealed import Verified
+from nemovl_train.checkpoint.streamed import StoredTensors, save_streamed
 from nemovl_train.config.build import build
 from nemovl_train.config.dump import load_yaml
 from nemovl_train.config.schema import ModelConfig, ParallelConfig, RunConfig
+from nemovl_train.convert.carried import FOLDER as CARRIED
+from nemovl_train.convert.carried import Carried, carry
 from nemovl_train.convert.disk import explain_writes
 from nemovl_train.convert.hf_config import CHAT_TEMPLATE, PREPROCESSOR, TOKENIZER_FILES, read_media_budget
 from nemovl_train.convert.hf_export import export_canonical
 from nemovl_train.convert.hf_import import HFFolder
-from nemovl_train.convert.hf_layout import MediaBudget
+from nemovl_train.convert.hf_layout import RELEASED_MEDIA, MediaBudget
+from nemovl_train.convert.lazy import Spec, Tensors
 from nemovl_train.convert.mapping import dtype_name, report
-from nemovl_train.convert.names import kind_of
+from nemovl_train.convert.names import Entry, Precision, kind_of, table
+from nemovl_train.convert.stored import from_stored, to_stored
 from nemovl_train.exceptions import CheckpointError, ConversionError
 from nemovl_train.model.backend import DTYPES
-from nemovl_train.model.vlm import NemotronVL, build_model
+from nemovl_train.model.vlm import ATTRIBUTES, NemotronVL, build_model
 from nemovl_train.parallel.layout import Layout
+
+log = logging.getLogger(__name__)
 
 CHECKPOINTS, TOKENIZER = "checkpoints", "tokenizer"
 
@@ -39,21 +49,26 @@ class CheckpointInfo:
 
     Attributes:
         config: Sizes of the model.
-        dtype: Format of the parameters.
         facts: For the model card.
         tokenizer: Folder of the tokenizer that belongs to the weights.
         export: Further arguments of `export_canonical` (tiling, and what an imported folder had).
     """
 
     config: ModelConfig
-    dtype: torch.dtype
     facts: dict[str, Any]
     tokenizer: Path | None = None
     export: dict[str, Any] = field(default_factory=dict)
 
 
-def import_checkpoint(hf_dir: Path, out: Path) -> Path:
-    """Import a Hugging Face folder as a checkpoint, its tokenizer beside it. `out` appears when all of it is written.
+def import_checkpoint(hf_dir: Path, out: Path, *, source: str | None = None) -> Path:
+    """Import a Hugging Face folder as a checkpoint, its small files beside it. `out` appears when all of it is written.
+
+    One tensor is in memory at a time. The checkpoint has no layout of its own: any number of ranks loads it.
+
+    Args:
+        hf_dir: The folder.
+        out: New folder.
+        source: What the records say about where it came from; the folder's name when None.
 
     Returns:
         The checkpoint's folder; `trainer.init_from` takes it or `out`.
@@ -61,23 +76,24 @@ def import_checkpoint(hf_dir: Path, out: Path) -> Path:
     Raises:
         ConversionError: `out` exists or cannot be written, the disk is full, or the folder cannot be imported.
     """
-    _refuse_existing(out)
+    refuse_existing(out)
     folder = HFFolder(hf_dir)
     constants = {n: [dtype_name(t.dtype), list(t.shape), t.flatten().tolist()] for n, t in folder.constants().items()}
+    media = read_media_budget(hf_dir) if (hf_dir / PREPROCESSOR).is_file() else RELEASED_MEDIA
     origin: dict[str, Any] = {
-        "source": hf_dir.resolve().name,
+        "source": source or hf_dir.resolve().name,
         "state_dtype": dtype_name(folder.state_dtype),
         "constants": constants,
+        "media": asdict(media),
     }
-    if (hf_dir / PREPROCESSOR).is_file():
-        origin["media"] = asdict(read_media_budget(hf_dir))
     work = out.with_name(f".{out.name}.partial")
     with explain_writes(out.parent):
         try:
             shutil.rmtree(work, ignore_errors=True)  # left by an import that was killed
             work.mkdir(parents=True)
             path = save_as_checkpoint(folder.config, folder.tensors(), work, dtype=folder.dtype, origin=origin)
-            _copy_tokenizer(hf_dir, work)
+            copy_tokenizer(hf_dir, work)
+            carry(hf_dir, work / CARRIED)
             work.rename(out)
         except CheckpointError as error:
             raise ConversionError(f"{out} was not written: {error}") from error
@@ -86,14 +102,16 @@ def import_checkpoint(hf_dir: Path, out: Path) -> Path:
     return out / path.relative_to(work)
 
 
-def _copy_tokenizer(hf_dir: Path, out: Path) -> None:
+def copy_tokenizer(hf_dir: Path, out: Path) -> None:
+    """Copy the tokenizer's files and chat template of a folder to `out/tokenizer`."""
     for name in (*TOKENIZER_FILES, CHAT_TEMPLATE.name):
         if (hf_dir / name).is_file():
             (out / TOKENIZER).mkdir(exist_ok=True)
             shutil.copyfile(hf_dir / name, out / TOKENIZER / name)
 
 
-def _refuse_existing(out: Path) -> None:
+def refuse_existing(out: Path) -> None:
+    """Raise ConversionError where something is already at `out`."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConversionError(f"{out} exists; choose another --out, or delete it first")
 
@@ -101,7 +119,7 @@ def _refuse_existing(out: Path) -> None:
 def export_checkpoint(
     source: Path, out: Path, *, tokenizer: Path | None = None, dtype: str | None = None, overwrite: bool = False
 ) -> Path:
-    """Export a checkpoint, a stage's newest one, or a run's last stage.
+    """Export a checkpoint, a stage's newest one, or a run's last stage. One that was cut off is continued.
 
     Args:
         source: Checkpoint, stage or run folder.
@@ -113,7 +131,8 @@ def export_checkpoint(
     Raises:
         ConversionError: No complete checkpoint, no tokenizer where one is needed, or `out` exists.
     """
-    info, tensors = checkpoint_tensors(source)
+    found = _find(source)
+    folder, (info, tensors) = found.folder, _open(found)
     kind = kind_of(info.config)
     tokenizer = tokenizer or info.tokenizer
     if kind != "vision" and tokenizer is None:
@@ -125,6 +144,7 @@ def export_checkpoint(
         kind=kind,
         tokenizer=tokenizer,
         card=info.facts,
+        identity=(folder / "COMPLETE").read_text(encoding="utf-8").strip(),
         dtype=None if dtype is None else DTYPES[dtype],
         overwrite=overwrite,
         **info.export,
@@ -133,7 +153,7 @@ def export_checkpoint(
 
 def save_as_checkpoint(
     config: ModelConfig,
-    tensors: Iterable[tuple[str, Tensor]],
+    tensors: Tensors,
     out: Path,
     *,
     dtype: torch.dtype,
@@ -141,47 +161,91 @@ def save_as_checkpoint(
     may_lack: tuple[str, ...] = (),
     seed: int = 1234,
 ) -> Path:
-    """Write canonical tensors as a sealed checkpoint that `trainer.init_from` takes.
+    """Write canonical tensors as a sealed checkpoint that `trainer.init_from` takes, one at a time.
 
     Args:
         config: Sizes of the model.
-        tensors: (canonical name, tensor), every parameter once.
+        tensors: Every parameter by canonical name.
         out: New folder; the checkpoint is `out/checkpoints/step_00000000`.
-        dtype: Format of the parameters.
+        dtype: Format of the parameters. A_log and D are stored as float32, and so is a dt_bias that comes as it.
         origin: JSON facts about where the weights came from, `source` among them; kept in the checkpoint's state.
-        may_lack: Prefixes of parameters that may have no tensor: they get their initial values (a new projector).
+        may_lack: Parts of the model that may have no tensors: they get their initial values (a new projector).
         seed: Seed of those values.
 
     Raises:
         ConversionError: `out` exists, or the tensors are not those of the model.
     """
-    _refuse_existing(out)
-    with single_process_model(config, dtype, seed=seed) as model:
-        load_tensors(model, tensors, may_lack=may_lack)
-        state = {"model": asdict(config), "dtype": dtype_name(dtype), **origin}
-        root = out / CHECKPOINTS
-        root.mkdir(parents=True, exist_ok=True)
-        return sealed.save(root, 0, model=model, optimizer=None, state=state, run_id=f"import/{config.name}")
+    refuse_existing(out)
+    entries = {entry.ours: entry for entry in table(config, kind_of(config))}
+    new = [p for p in may_lack if not any(name.startswith(f"{ATTRIBUTES[p]}.") for name in tensors.specs)]
+    whole = _union(tensors, _initial(config, new, dtype, seed)) if new else tensors
+    problems = [f"no tensor for {n}" for n in entries if n not in whole.specs]
+    problems += [f"no parameter for {n}" for n in whole.specs if n not in entries]
+    problems += [
+        f"{n} has shape {list(s.shape)}, expected {list(entries[n].shape)}"
+        for n, s in whole.specs.items()
+        if n in entries and s.shape != entries[n].shape
+    ]
+    report(problems, "the tensors are not those of the model")
+    stored = to_stored(_in_formats(whole, entries, dtype), config.language)
+    root = out / CHECKPOINTS
+    root.mkdir(parents=True, exist_ok=True)
+    return save_streamed(
+        root,
+        0,
+        specs={name: spec.meta() for name, spec in stored.specs.items()},
+        read=stored.read,
+        state={"model": asdict(config), "dtype": dtype_name(dtype), **origin},
+        run_id=f"import/{config.name}",
+    )
 
 
-def checkpoint_tensors(path: Path) -> tuple[CheckpointInfo, Iterator[tuple[str, Tensor]]]:
-    """Canonical tensors of a checkpoint, whatever layout saved it. It is read when the iterator starts.
+def _initial(config: ModelConfig, parts: Sequence[str], dtype: torch.dtype, seed: int) -> Tensors:
+    """Initial values of some parts, which depend on the seed and their names alone."""
+    with single_process() as layout:
+        model = build_model(config, layout, params_dtype=dtype, parts=parts, seed=seed)
+        return Tensors.of(canonical_state(model))
+
+
+def _union(first: Tensors, second: Tensors) -> Tensors:
+    def read(name: str) -> Tensor:
+        return (first if name in first.specs else second).read(name)
+
+    return Tensors({**first.specs, **second.specs}, read)
+
+
+def _in_formats(tensors: Tensors, entries: Mapping[str, Entry], dtype: torch.dtype) -> Tensors:
+    """Converted to the formats that a checkpoint holds, in the order of the table."""
+
+    def chosen(name: str) -> torch.dtype:
+        precision = entries[name].precision
+        wide = precision is Precision.LOOSE and tensors.specs[name].dtype == torch.float32
+        return torch.float32 if wide or precision is Precision.STATE else dtype
+
+    specs = {name: Spec(tensors.specs[name].shape, chosen(name)) for name in entries}
+    return Tensors(specs, lambda name: tensors.read(name).to(specs[name].dtype))
+
+
+def checkpoint_tensors(path: Path) -> tuple[CheckpointInfo, Tensors]:
+    """Canonical tensors of a checkpoint, whatever layout saved it, read when asked for. Its seal is verified.
 
     Args:
         path: A checkpoint, a stage folder, or a run folder (its last stage with a checkpoint).
 
     Raises:
-        ConversionError: There is no complete checkpoint.
+        ConversionError: There is no complete checkpoint, or it holds adapters alone.
     """
-    folder = find_checkpoint(path)
-    info = describe_checkpoint(folder)
+    found = _find(path)
+    try:
+        refuse_adapters(found.folder)
+    except CheckpointError as error:
+        raise ConversionError(str(error)) from error
+    return _open(found)
 
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        with single_process_model(info.config, info.dtype) as model:
-            sealed.load(folder, model=model)
-            yield from canonical_state(model).items()
 
-    return info, tensors()
+def _open(found: Verified) -> tuple[CheckpointInfo, Tensors]:
+    info = describe_checkpoint(found.folder)
+    return info, from_stored(StoredTensors(found), info.config)
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -190,8 +254,12 @@ def find_checkpoint(path: Path) -> Path:
     Raises:
         ConversionError: There is none.
     """
+    return _find(path).folder
+
+
+def _find(path: Path) -> Verified:
     if (path / "integrity.json").is_file():
-        return path
+        return sealed.verify(path)
     candidates = [path / CHECKPOINTS, path]
     schedule = path / "schedule.json"
     if schedule.is_file():
@@ -201,7 +269,7 @@ def find_checkpoint(path: Path) -> Path:
     for root in candidates:
         found = sealed.latest(root)
         if found is not None:
-            return found
+            return Verified(found, sealed.read_seal(found))
     raise ConversionError(f"{path}: no complete checkpoint here; name a checkpoint, a stage folder or a run folder")
 
 
@@ -230,13 +298,32 @@ def describe_checkpoint(folder: Path) -> CheckpointInfo:
         "seed": run.trainer.seed,
         "checkpoint integrity": (folder / "COMPLETE").read_text(encoding="utf-8").strip(),
     }
+    export: dict[str, Any] = {"media": _media_budget(run.data)}
+    imported = _imported_ancestor(state)
+    if imported is not None and imported.config.parts == run.model.parts:
+        export |= {k: imported.export[k] for k in ("carried", "constants", "state_dtype") if k in imported.export}
+        facts["imported from"] = imported.facts["parent"]
     return CheckpointInfo(
         config=run.model,
-        dtype=DTYPES[run.precision.params],
         facts=facts,
         tokenizer=Path(run.data.tokenizer) if run.data.tokenizer else None,
-        export={"media": _media_budget(run.data)},
+        export=export,
     )
+
+
+def _imported_ancestor(state: Mapping[str, Any]) -> CheckpointInfo | None:
+    """The import at the root of a checkpoint's parents, where it is still on this machine."""
+    parent = state.get("parent")
+    while parent:
+        path = Path(parent) / "state.json"
+        if not path.is_file():
+            log.warning("the parent checkpoint %s is not here: what an imported folder carried is left out", parent)
+            return None
+        state = json.loads(path.read_text(encoding="utf-8"))
+        if "model" in state:
+            return _imported(state, path.parent.parent.parent)
+        parent = state.get("parent")
+    return None
 
 
 def _media_budget(data: DataConfig) -> MediaBudget:
@@ -260,25 +347,33 @@ def _imported(state: Mapping[str, Any], home: Path) -> CheckpointInfo:
         }
     if "state_dtype" in state:
         export["state_dtype"] = getattr(torch, state["state_dtype"])
-    if "media" in state:
-        export["media"] = MediaBudget(**state["media"])
+    media = MediaBudget(**state["media"]) if "media" in state else RELEASED_MEDIA
+    export["media"] = media
+    if (home / CARRIED).is_dir():
+        export["carried"] = Carried(folder=home / CARRIED, config=config, media=media, dtype=state["dtype"])
     return CheckpointInfo(
         config=config,
-        dtype=getattr(torch, state["dtype"]),
-        facts={"parent": state["source"]},
+        facts={"parent": state["source"], **state.get("facts", {})},
         tokenizer=home / TOKENIZER if (home / TOKENIZER).is_dir() else None,
         export=export,
     )
 
 
 @contextmanager
-def single_process_model(config: ModelConfig, dtype: torch.dtype, *, seed: int = 1234) -> Iterator[NemotronVL]:
-    """The model in one process, weights initialised; its groups live as long as the context."""
+def single_process() -> Iterator[Layout]:
+    """A layout of one process; its groups live as long as the context."""
     layout = Layout.create(ParallelConfig())
     try:
-        yield build_model(config, layout, params_dtype=dtype, parts=config.parts, seed=seed)
+        yield layout
     finally:
         layout.destroy()
+
+
+@contextmanager
+def single_process_model(config: ModelConfig, dtype: torch.dtype, *, seed: int = 1234) -> Iterator[NemotronVL]:
+    """The model in one process, weights initialised; its groups live as long as the context."""
+    with single_process() as layout:
+        yield build_model(config, layout, params_dtype=dtype, parts=config.parts, seed=seed)
 
 
 def canonical_state(model: NemotronVL) -> dict[str, Tensor]:
@@ -286,13 +381,12 @@ def canonical_state(model: NemotronVL) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def load_tensors(model: NemotronVL, tensors: Iterable[tuple[str, Tensor]], *, may_lack: tuple[str, ...] = ()) -> None:
+def load_tensors(model: NemotronVL, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Copy canonical tensors into a one-process model.
 
     Args:
         model: Receives the values, converted to its formats.
         tensors: (canonical name, tensor).
-        may_lack: Prefixes of parameters that keep their initial values when no tensor comes for them.
 
     Raises:
         ConversionError: A tensor has no parameter of its name and shape, or a parameter gets none.
@@ -304,5 +398,4 @@ def load_tensors(model: NemotronVL, tensors: Iterable[tuple[str, Tensor]], *, ma
             found = "no such parameter" if target is None else f"shape {list(target.shape)}"
             raise ConversionError(f"{name} {list(tensor.shape)}: the model has {found}")
         target.copy_(tensor)
-    # str.startswith of an empty tuple is False: then nothing may be lacking.
-    report([f"no tensor for {n}" for n in left if not n.startswith(may_lack)], "the model is not filled")
+    report([f"no tensor for {n}" for n in left], "the model is not filled")

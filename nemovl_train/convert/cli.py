@@ -19,7 +19,9 @@ def add_convert_commands(subparsers: Any) -> None:
     verbs = parser.add_subparsers(metavar="VERB", required=True)
 
     importer = verbs.add_parser("import", help="Hugging Face folder -> checkpoint for trainer.init_from")
-    importer.add_argument("hf_dir", type=Path, metavar="HF_DIR", help="folder of a VLM, a text model or a tower")
+    importer.add_argument(
+        "hf_dir", metavar="HF_DIR", help="folder of a VLM, a text model or a tower, or hf:ORGANISATION/NAME@REVISION"
+    )
     importer.add_argument("--out", type=Path, required=True, help="new folder for the checkpoint")
     importer.set_defaults(run=_import)
 
@@ -28,35 +30,74 @@ def add_convert_commands(subparsers: Any) -> None:
     exporter.add_argument("--out", type=Path, required=True, help="new folder")
     exporter.add_argument("--tokenizer", type=Path, help="folder with tokenizer.json (default: the run's own)")
     exporter.add_argument("--dtype", choices=("fp32", "bf16"), help="number format (default: that of the checkpoint)")
+    exporter.add_argument("--adapters", action="store_true", help="adapters alone, in the layout of the peft library")
+    exporter.add_argument("--merge", action="store_true", help="merge adapters into their base first")
+    exporter.add_argument("--base", type=Path, help="for --merge: the adapted checkpoint, if it was moved")
     exporter.add_argument("--overwrite", action="store_true", help="replace an earlier export of that name")
     exporter.set_defaults(run=_export)
+
+    merger = verbs.add_parser("merge", help="run with adapters -> checkpoint of whole weights")
+    merger.add_argument("source", type=Path, metavar="RUN_OR_CKPT", help="run, stage or checkpoint folder")
+    merger.add_argument("--out", type=Path, required=True, help="new folder for the checkpoint")
+    merger.add_argument("--base", type=Path, help="the adapted checkpoint, if it was moved since training")
+    merger.add_argument("--dtype", choices=("fp32", "bf16"), help="number format (default: that of the run)")
+    merger.set_defaults(run=_merge)
 
     checker = verbs.add_parser("verify", help="reload with Transformers and compare logits")
     checker.add_argument("hf_dir", type=Path, metavar="DIR", help="exported folder")
     checker.add_argument("--reference", type=Path, help="checkpoint that every tensor must equal")
     checker.set_defaults(run=_verify)
 
-    for verb in (importer, exporter, checker):
+    for verb in (importer, exporter, merger, checker):
         verb.add_argument("--json", action="store_true", help="print one JSON document")
 
 
 def _import(args: argparse.Namespace) -> int:
-    _need_folder(args.hf_dir)
+    from nemovl_train.convert.source import local_folder
+
+    folder = local_folder(args.hf_dir)
     from nemovl_train.convert.checkpoints import import_checkpoint
 
-    path = import_checkpoint(args.hf_dir, args.out)
+    path = import_checkpoint(folder, args.out, source=args.hf_dir if args.hf_dir.startswith("hf:") else None)
     _print(args, {"checkpoint": str(path)}, f"imported {args.hf_dir}; train with trainer.init_from={path}")
     return ExitCode.OK
 
 
 def _export(args: argparse.Namespace) -> int:
     _need_folder(args.source)
-    from nemovl_train.convert.checkpoints import export_checkpoint
+    if args.adapters:
+        return _export_adapters(args)
+    options = {"tokenizer": args.tokenizer, "dtype": args.dtype, "overwrite": args.overwrite}
+    if args.merge:
+        from nemovl_train.convert.adapters import export_merged
 
-    path = export_checkpoint(
-        args.source, args.out, tokenizer=args.tokenizer, dtype=args.dtype, overwrite=args.overwrite
-    )
+        path = export_merged(args.source, args.out, base=args.base, **options)
+    else:
+        from nemovl_train.convert.checkpoints import export_checkpoint
+
+        path = export_checkpoint(args.source, args.out, **options)
     _print(args, {"folder": str(path)}, f"wrote {path}; check it with: nemovl convert verify {path}")
+    return ExitCode.OK
+
+
+def _export_adapters(args: argparse.Namespace) -> int:
+    given = [flag for flag in ("tokenizer", "dtype", "merge", "base", "overwrite") if getattr(args, flag)]
+    if given:
+        raise ConversionError(f"--adapters goes without --{given[0]}")
+    from nemovl_train.convert.adapters import export_adapters
+
+    made = export_adapters(args.source, args.out)
+    _print(args, made, f"wrote {made['folder']}: adapters of {made['layers']} layers")
+    return ExitCode.OK
+
+
+def _merge(args: argparse.Namespace) -> int:
+    _need_folder(args.source)
+    from nemovl_train.convert.adapters import merge_checkpoint
+
+    made = merge_checkpoint(args.source, args.out, base=args.base, dtype=args.dtype)
+    text = f"merged {args.source}: logits differ by {made['largest_difference']:.1g} at most"
+    _print(args, made, f"{text}; export it with: nemovl convert export {args.out} --out DIR")
     return ExitCode.OK
 
 

@@ -12,11 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nemovl_train.config.schema import LanguageConfig, ModelConfig, ProjectorConfig, TokenIds, VisionConfig
+from nemovl_train.config.schema import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
 from nemovl_train.convert import hf_layout
+from nemovl_train.convert import llama as llama_layout
+from nemovl_train.convert.carried import Carried
 from nemovl_train.convert.mapping import report
-from nemovl_train.convert.names import constant_names, language_prefix, vision_prefix
+from nemovl_train.convert.names import constant_names, is_llama, language_prefix, vision_prefix
 from nemovl_train.convert.tensor_files import TensorFolder, read_json
+from nemovl_train.convert.token_ids import following_tags, read_media_tags, read_token_ids
 from nemovl_train.exceptions import ConversionError
 
 CHAT_TEMPLATE = Path(__file__).parent / "chat_template.jinja"
@@ -43,20 +46,24 @@ FIXED_VLM = {"downsample_ratio": hf_layout.PIXEL_SHUFFLE, "ps_version": "v2", "i
 TIMM_EPS = 1e-6
 
 
+ARCHITECTURES = {
+    "vlm": (hf_layout.VLM_ARCHITECTURE, llama_layout.VLM_ARCHITECTURE),
+    "language": (hf_layout.LANGUAGE_ARCHITECTURE, llama_layout.LANGUAGE_ARCHITECTURE),
+    "vision": hf_layout.VISION_ARCHITECTURES,
+}
+
+
 def folder_kind(document: Mapping[str, Any], where: Path) -> str:
     """`vlm`, `language` or `vision`, from a folder's config.
 
     Raises:
-        ConversionError: The architecture is not one of the three.
+        ConversionError: The architecture is not a known one.
     """
     names = document.get("architectures") or []
-    if hf_layout.VLM_ARCHITECTURE in names:
-        return "vlm"
-    if hf_layout.LANGUAGE_ARCHITECTURE in names:
-        return "language"
-    if any(n in hf_layout.VISION_ARCHITECTURES for n in names):
-        return "vision"
-    known = [hf_layout.VLM_ARCHITECTURE, hf_layout.LANGUAGE_ARCHITECTURE, *hf_layout.VISION_ARCHITECTURES]
+    for kind, of_kind in ARCHITECTURES.items():
+        if any(name in of_kind for name in names):
+            return kind
+    known = [name for group in ARCHITECTURES.values() for name in group]
     raise ConversionError(
         f"{where}: architectures is {names}, none of which can be imported; known are {', '.join(known)}"
     )
@@ -89,33 +96,32 @@ def read_config(hf_dir: Path, *, tensors: TensorFolder | None = None) -> ModelCo
         vision = _vision(document, document, tensors, kind=kind, where=path)
         return ModelConfig(name=name, parts=("vision",), vision=vision)
     llm = document if kind == "language" else need(document, "llm_config", "text_config", where=path)
-    rows = tensors_shape(tensors, language_prefix(kind) + "backbone.embeddings.weight")[0]
+    llama = llama_layout.VLM_ARCHITECTURE in document["architectures"] or (
+        llama_layout.LANGUAGE_ARCHITECTURE in document["architectures"]
+    )
+    read_language = llama_layout.read_llama if llama else _language
+    first = "model.embed_tokens.weight" if llama else "backbone.embeddings.weight"
+    rows = tensors_shape(tensors, language_prefix(kind) + first)[0]
     if kind == "language":
-        language = _language(llm, rows, rows, path)
-        tokens = _tokens(hf_dir, llm, media_tokens(rows))
+        language = read_language(llm, rows, rows, path)
+        tokens = read_token_ids(hf_dir, llm, following_tags(rows), llama=llama)
         return ModelConfig(name=name, parts=("language",), language=language, tokens=tokens)
     _refuse_other_values(document, FIXED_VLM, path)
-    media = {
-        "image": need(document, "img_context_token_id", where=path),
-        "image_start": need(document, "img_start_token_id", where=path),
-        "image_end": need(document, "img_end_token_id", where=path),
-        "video": need(document, "video_context_token_id", where=path),
-    }
+    media = read_media_tags(hf_dir, document)
     vision = _vision(need(document, "vision_config", where=path), document, tensors, kind=kind, where=path)
+    inner = tensors_shape(tensors, "mlp1.1.weight")[0]
+    # The architecture's name decides between the two projectors; the tensors are then checked against it.
+    projector = ProjectorConfig(ffn_hidden_size=inner)
+    if llama:
+        projector = replace(projector, norm="layernorm", activation="gelu", bias=True)
     return ModelConfig(
         name=name,
         # The media tags follow the text vocabulary, the placeholder first.
-        language=_language(llm, rows, media["image"], path),
+        language=read_language(llm, rows, media["image"], path),
         vision=vision,
-        projector=ProjectorConfig(ffn_hidden_size=tensors_shape(tensors, "mlp1.1.weight")[0]),
-        tokens=_tokens(hf_dir, llm, media),
+        projector=projector,
+        tokens=read_token_ids(hf_dir, llm, media, llama=llama),
     )
-
-
-def media_tokens(base_vocab_size: int) -> dict[str, int]:
-    """Ids of the media tags added after a text vocabulary (ten tags: the released order, `<video>` last)."""
-    v = base_vocab_size
-    return {"image": v, "image_start": v + 1, "image_end": v + 2, "video": v + 9}
 
 
 def need(document: Mapping[str, Any], *names: str, where: Path) -> Any:
@@ -144,6 +150,9 @@ def _language(llm: Mapping[str, Any], rows: int, base_rows: int, where: Path) ->
     if pattern is None:
         types = need(llm, "hybrid_override_pattern", "layers_block_type", "layer_types", where=where)
         pattern = "".join(PATTERN.get(t, "?") for t in types)
+    low, high = llm.get("time_step_limit") or (0.0, math.inf)
+    if float(low) != 0.0 or float(high) != math.inf:
+        raise ConversionError(f"{where}: time_step_limit is {[low, high]}; the model's time steps have no limits")
     odd = sorted(set(pattern) - set("M-*"))
     if odd or not pattern:
         raise ConversionError(f"{where}: layers {pattern!r} hold kinds other than Mamba, attention and dense MLP")
@@ -165,20 +174,6 @@ def _language(llm: Mapping[str, Any], rows: int, base_rows: int, where: Path) ->
         vocab_size=rows,
         base_vocab_size=base_rows,
         init_std=llm.get("initializer_range", LanguageConfig().init_std),
-    )
-
-
-def _tokens(hf_dir: Path, llm: Mapping[str, Any], media: Mapping[str, int]) -> TokenIds:
-    path = hf_dir / "generation_config.json"
-    generation = read_json(path) if path.is_file() else {}
-    eos = need({**llm, **{k: v for k, v in generation.items() if v is not None}}, "eos_token_id", where=path)
-    pad = llm.get("pad_token_id")
-    return TokenIds(
-        **media,
-        bos=need(llm, "bos_token_id", where=hf_dir / "config.json"),
-        eos=eos[0] if isinstance(eos, list) else eos,
-        # Released tokenizers name no padding token; <unk> never occurs in byte-level text.
-        pad=0 if pad is None else pad,
     )
 
 
@@ -270,8 +265,9 @@ def write_config(
     dtype: str,
     tokenizer: Path | None = None,
     media: hf_layout.MediaBudget = hf_layout.RELEASED_MEDIA,
+    carried: Carried | None = None,
 ) -> list[Path]:
-    """Write every file of a folder that is not weights: configs, chat template, tokenizer.
+    """Write every file of a folder that is not weights: configs, chat template, tokenizer, carried Python files.
 
     Args:
         config: Sizes of the model.
@@ -280,25 +276,15 @@ def write_config(
         dtype: Number format of the weights as Transformers spells it, e.g. `bfloat16`.
         tokenizer: Folder with `tokenizer.json`; a `chat_template.jinja` there replaces ours.
         media: How images and videos become tiles.
+        carried: What the folder that the model was imported from had.
 
     Returns:
         The files written.
     """
-    vision = config.vision
-    if kind == "vlm":
-        documents = {
-            "config.json": hf_layout.vlm_config(config, dtype=dtype, media=media),
-            PREPROCESSOR: hf_layout.preprocessor_config(vision, media),
-            "processor_config.json": hf_layout.processor_config(),
-            f"{OMNI_FOLDER}/config.json": hf_layout.omni_config(config, dtype=dtype),
-        }
-    elif kind == "language":
-        documents = {"config.json": hf_layout.language_config(config, dtype=dtype)}
-    else:
-        hub = hf_layout.hub_vision_config(vision, dtype=dtype)
-        documents = {"config.json": {"_name_or_path": config.name, **hub, "architectures": ["RadioModel"]}}
-    if kind != "vision":
-        documents["generation_config.json"] = hf_layout.generation_config(config)
+    documents = _documents(config, kind, dtype, media)
+    if carried is not None:
+        before = _documents(carried.config, kind, carried.dtype, carried.media)
+        documents = {name: carried.document(name, before[name], now) for name, now in documents.items()}
     written = []
     for name, document in documents.items():
         (out_dir / name).parent.mkdir(exist_ok=True)
@@ -306,7 +292,30 @@ def write_config(
         written.append(out_dir / name)
     if kind != "vision":
         written += _copy_tokenizer(tokenizer, out_dir)
+    for source in [] if carried is None else carried.python_files():
+        shutil.copyfile(source, out_dir / source.name)
+        written.append(out_dir / source.name)
     return written
+
+
+def _documents(config: ModelConfig, kind: str, dtype: str, media: hf_layout.MediaBudget) -> dict[str, dict[str, Any]]:
+    vision = config.vision
+    if kind == "vlm":
+        documents = {
+            "config.json": hf_layout.vlm_config(config, dtype=dtype, media=media),
+            PREPROCESSOR: hf_layout.preprocessor_config(vision, media),
+            "processor_config.json": hf_layout.processor_config(),
+        }
+        if not is_llama(config.language):
+            documents[f"{OMNI_FOLDER}/config.json"] = hf_layout.omni_config(config, dtype=dtype)
+    elif kind == "language":
+        documents = {"config.json": hf_layout.language_config(config, dtype=dtype)}
+    else:
+        hub = hf_layout.hub_vision_config(vision, dtype=dtype)
+        documents = {"config.json": {"_name_or_path": config.name, **hub, "architectures": ["RadioModel"]}}
+    if kind != "vision":
+        documents["generation_config.json"] = hf_layout.generation_config(config)
+    return documents
 
 
 def _copy_tokenizer(tokenizer: Path | None, out_dir: Path) -> list[Path]:

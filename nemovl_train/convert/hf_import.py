@@ -1,7 +1,6 @@
 """Reads Hugging Face folders into canonical tensors, one at a time. Data only: no code from a folder is ever run."""
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -10,7 +9,8 @@ from torch import Tensor
 from nemovl_train.config.schema import ModelConfig
 from nemovl_train.convert.hf_config import read_config, read_kind
 from nemovl_train.convert.hf_export import MANIFEST, MANIFEST_FORMAT
-from nemovl_train.convert.mapping import check_hf, constants_of, dtype_name, stream_to_canonical
+from nemovl_train.convert.lazy import Spec, Tensors
+from nemovl_train.convert.mapping import canonical_tensors, check_hf, constants_of
 from nemovl_train.convert.names import constant_names, table
 from nemovl_train.convert.tensor_files import TensorFolder, read_json
 from nemovl_train.exceptions import ConversionError
@@ -51,9 +51,9 @@ class HFFolder:
         states = [s.dtype for n, s in self.files.specs.items() if n.endswith("mixer.A_log")]
         self.state_dtype = states[0] if states else torch.float32
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(canonical name, tensor), in the order of the table."""
-        return stream_to_canonical(self.files.read, table(self.config, self.kind))
+    def tensors(self) -> Tensors:
+        """The tensors by canonical name, in the order of the table."""
+        return canonical_tensors(Tensors(self.files.specs, self.files.read), table(self.config, self.kind))
 
     def constants(self) -> dict[str, Tensor]:
         """Tower constants that the folder carries, by short name; pass them to an export to keep them."""
@@ -61,7 +61,7 @@ class HFFolder:
         return constants_of({n: self.files.read(n) for n in names}, self.kind)
 
 
-def join_parts(language_dir: Path, vision_dir: Path, *, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+def join_parts(language_dir: Path, vision_dir: Path, *, config: ModelConfig) -> Tensors:
     """Canonical tensors of a VLM made from a text model and a tower.
 
     Embedding and head grow to the VLM's rows (`grow_rows`). The projector is not among the tensors: it is new, so it
@@ -73,8 +73,8 @@ def join_parts(language_dir: Path, vision_dir: Path, *, config: ModelConfig) -> 
         config: The VLM.
 
     Returns:
-        Iterator over every tensor of `vision_model.*` and `language_model.*`. Both folders have been checked before
-        it is returned.
+        Every tensor of `vision_model.*` and `language_model.*`, in the formats of their folders. Both folders have
+        been checked.
 
     Raises:
         ConversionError: A folder is of the wrong kind, or has other sizes than `config`.
@@ -83,11 +83,6 @@ def join_parts(language_dir: Path, vision_dir: Path, *, config: ModelConfig) -> 
     for folder, kind in ((language, "language"), (vision, "vision")):
         if folder.kind != kind:
             raise ConversionError(f"{folder.path} holds a {folder.kind} model; a {kind} model is expected there")
-    if language.dtype != vision.dtype:
-        raise ConversionError(
-            f"{language_dir} is {dtype_name(language.dtype)} and {vision_dir} is {dtype_name(vision.dtype)}; "
-            "export both in one format"
-        )
     # What a model may choose for the same weights: its rows, how long it reads, how it scans and tiles.
     free = ("vocab_size", "init_std", "max_position", "chunk_size", "tile_size", "norm_mean", "norm_std")
     problems = _differences(language.config.language, config.language, "language", skip=free)
@@ -100,10 +95,20 @@ def join_parts(language_dir: Path, vision_dir: Path, *, config: ModelConfig) -> 
     return _joined(language, vision, config.language.vocab_size)
 
 
-def _joined(language: HFFolder, vision: HFFolder, rows: int) -> Iterator[tuple[str, Tensor]]:
-    yield from vision.tensors()
-    for name, tensor in language.tensors():
-        yield name, grow_rows(tensor, rows) if name in (EMBEDDING, HEAD) else tensor
+def _joined(language: HFFolder, vision: HFFolder, rows: int) -> Tensors:
+    text, tower = language.tensors(), vision.tensors()
+    specs = {**tower.specs, **text.specs}
+    for name in (EMBEDDING, HEAD):
+        old = specs[name]
+        specs[name] = Spec((rows, *old.shape[1:]), old.dtype)
+
+    def read(name: str) -> Tensor:
+        if name in tower.specs:
+            return tower.read(name)
+        tensor = text.read(name)
+        return grow_rows(tensor, rows) if name in (EMBEDDING, HEAD) else tensor
+
+    return Tensors(specs, read)
 
 
 def grow_rows(weight: Tensor, rows: int) -> Tensor:

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from nemovl_train.config.schema import LanguageConfig, ModelConfig, VisionConfig
+from nemovl_train.convert import llama as llama_layout
+from nemovl_train.convert.names import is_llama
 from nemovl_train.exceptions import ConversionError
 
 VLM_ARCHITECTURE = "NemotronH_Nano_VL_V2"
@@ -57,14 +59,12 @@ def vlm_config(config: ModelConfig, *, dtype: str, media: MediaBudget) -> dict[s
     Raises:
         ConversionError: A setting that the layout has no field for.
     """
-    if config.projector.norm_eps != PROJECTOR_EPS:
-        eps = config.projector.norm_eps
-        raise ConversionError(f"projector.norm_eps={eps}: readers of this layout use {PROJECTOR_EPS}")
+    architecture = _vlm_architecture(config)
     tokens, vision = config.tokens, config.vision
     return {
         "_name_or_path": config.name,
-        "architectures": [VLM_ARCHITECTURE],
-        "model_type": VLM_ARCHITECTURE,
+        "architectures": [architecture],
+        "model_type": architecture,
         "is_composition": True,
         "torch_dtype": dtype,
         "llm_config": language_config(config, dtype=dtype),
@@ -94,9 +94,27 @@ def vlm_config(config: ModelConfig, *, dtype: str, media: MediaBudget) -> dict[s
     }
 
 
+def _vlm_architecture(config: ModelConfig) -> str:
+    """The layout's name, where readers of it build the projector that the model has."""
+    if config.projector.norm_eps != PROJECTOR_EPS:
+        eps = config.projector.norm_eps
+        raise ConversionError(f"projector.norm_eps={eps}: readers of this layout use {PROJECTOR_EPS}")
+    llama = is_llama(config.language)
+    expected = ("layernorm", "gelu", True) if llama else ("rmsnorm", "squared_relu", False)
+    form = (config.projector.norm, config.projector.activation, config.projector.bias)
+    if form != expected:
+        raise ConversionError(
+            f"projector with norm, activation, bias {form}: readers of the layout that this language model has build "
+            f"{expected}"
+        )
+    return llama_layout.VLM_ARCHITECTURE if llama else VLM_ARCHITECTURE
+
+
 def language_config(config: ModelConfig, *, dtype: str) -> dict[str, Any]:
     """`config.json` of a text-only folder, and `llm_config` of a vision-language one."""
     lm = config.language
+    if is_llama(lm):
+        return llama_layout.llama_config(config, dtype=dtype)
     return {
         "_name_or_path": config.name,
         "architectures": [LANGUAGE_ARCHITECTURE],

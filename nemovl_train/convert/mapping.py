@@ -4,26 +4,18 @@ Nothing here needs more than one fused tensor in memory at a time.
 """
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from nemovl_train.config.schema import ModelConfig
+from nemovl_train.convert.lazy import Spec, Tensors
 from nemovl_train.convert.names import Entry, Precision, Rule, constant_names, table
 from nemovl_train.exceptions import ConversionError
 
 MAX_REPORTED = 20
 FORMATS = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class Spec:
-    """Shape and number format of a tensor, known before its values are read."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
 
 
 def interleave(parts: Sequence[Tensor], groups: int) -> Tensor:
@@ -51,6 +43,8 @@ def to_canonical(entry: Entry, parts: Sequence[Tensor]) -> Tensor:
     """One canonical tensor from its Hugging Face tensors (shapes already checked)."""
     if entry.rule is Rule.GROUPED_QKV:
         out = interleave(parts, entry.groups)
+    elif entry.rule is Rule.STACKED:
+        out = torch.cat(list(parts))
     elif entry.rule is Rule.HEAD_QKV:
         out = interleave(parts[0].chunk(3), entry.groups)
     else:
@@ -62,6 +56,8 @@ def to_hf(entry: Entry, tensor: Tensor) -> list[Tensor]:
     """The Hugging Face tensors of one canonical tensor, in the order of `entry.hf`."""
     if entry.rule is Rule.GROUPED_QKV:
         return deinterleave(tensor, entry.groups, [s[0] for s in entry.hf_shapes])
+    if entry.rule is Rule.STACKED:
+        return list(tensor.split([s[0] for s in entry.hf_shapes]))
     if entry.rule is Rule.HEAD_QKV:
         return [torch.cat(deinterleave(tensor, entry.groups, [entry.shape[0] // 3] * 3))]
     return [tensor]
@@ -100,52 +96,70 @@ def check_hf(specs: Mapping[str, Spec], config: ModelConfig, kind: str) -> torch
     return dtype
 
 
-def stream_to_canonical(read: Callable[[str], Tensor], entries: Iterable[Entry]) -> Iterator[tuple[str, Tensor]]:
-    """Yield (canonical name, tensor), reading only the Hugging Face tensors that each one needs.
+def canonical_tensors(hf: Tensors, entries: Sequence[Entry]) -> Tensors:
+    """A folder's tensors in canonical form, each read from only the Hugging Face tensors that it needs.
 
     `check_hf` must have passed for the same entries.
     """
-    for entry in entries:
-        yield entry.ours, to_canonical(entry, [read(name) for name in entry.hf])
+    by_name = {e.ours: e for e in entries}
+    specs = {
+        e.ours: Spec(e.shape, torch.float32 if e.precision is Precision.STATE else hf.specs[e.hf[0]].dtype)
+        for e in entries
+    }
+    return Tensors(specs, lambda name: to_canonical(by_name[name], [hf.read(n) for n in by_name[name].hf]))
 
 
-def stream_to_hf(
-    tensors: Iterable[tuple[str, Tensor]],
+def hf_tensors(
+    canonical: Tensors,
     entries: Sequence[Entry],
     *,
     dtype: torch.dtype | None = None,
     state_dtype: torch.dtype = torch.float32,
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield (Hugging Face name, tensor) for canonical tensors that come in any order.
+) -> Tensors:
+    """Canonical tensors as a folder holds them, in the order of the table.
 
     Args:
-        tensors: Canonical tensors, each of the table exactly once.
+        canonical: Each tensor of the table.
         entries: The table of the model.
-        dtype: Convert parameters to this format; None keeps theirs, which must then be one and the same.
+        dtype: Convert parameters to this format; None keeps theirs, which must then be one and the same (dt_bias may
+            be float32 beside narrower ones).
         state_dtype: Format of A_log and D in the folder.
 
     Raises:
-        ConversionError: A tensor is unknown, repeated, missing, or has another shape or format; the name is given.
+        ConversionError: Names every tensor that is unknown, missing, or has another shape or format.
     """
+    _check_canonical(canonical.specs, entries, any_dtype=dtype is not None)
+    entry_of, specs = {}, {}
+    for entry in entries:
+        chosen = state_dtype if entry.precision is Precision.STATE else dtype or canonical.specs[entry.ours].dtype
+        for name, shape in zip(entry.hf, entry.hf_shapes, strict=True):
+            entry_of[name], specs[name] = entry, Spec(shape, chosen)
+    source = canonical.remembering()
+
+    def read(name: str) -> Tensor:
+        entry = entry_of[name]
+        return to_hf(entry, source.read(entry.ours).to(specs[name].dtype))[entry.hf.index(name)]
+
+    return Tensors(specs, read)
+
+
+def _check_canonical(specs: Mapping[str, Spec], entries: Sequence[Entry], *, any_dtype: bool) -> None:
     by_name = {e.ours: e for e in entries}
-    left = dict(by_name)
-    common: torch.dtype | None = None
-    for name, tensor in tensors:
-        entry = left.pop(name, None)
-        if entry is None:
-            known = name in by_name
-            hint = "" if known else _nearest(name, by_name, "expected is")
-            raise ConversionError(f"{'repeated' if known else 'unexpected'} tensor {name}{hint}")
-        if common is None and entry.precision is Precision.PARAMS:
-            common = tensor.dtype
-        wanted = None if dtype is not None else common if entry.precision is Precision.PARAMS else tensor.dtype
-        report(_spec_problems(name, Spec(tuple(tensor.shape), tensor.dtype), entry.shape, wanted), "cannot export")
-        if entry.precision is Precision.STATE:
-            tensor = tensor.to(state_dtype)
-        elif dtype is not None:
-            tensor = tensor.to(dtype)
-        yield from zip(entry.hf, to_hf(entry, tensor), strict=True)
-    report([f"missing {n}" for n in left], "cannot export")
+    problems = [f"unexpected tensor {n}{_nearest(n, by_name, 'expected is')}" for n in list(specs) if n not in by_name]
+    problems += [f"missing {n}" for n in by_name if n not in specs]
+    common = common_dtype(specs, entries)
+    for name, entry in by_name.items():
+        if name in specs:
+            loose = entry.precision is not Precision.PARAMS
+            wanted = None if any_dtype else common
+            problems += _spec_problems(name, specs[name], entry.shape, wanted, loose=loose)
+    report(problems, "cannot export")
+
+
+def common_dtype(specs: Mapping[str, Spec], entries: Sequence[Entry]) -> torch.dtype:
+    """Format of most canonical parameters."""
+    plain = [e.ours for e in entries if e.precision is Precision.PARAMS]
+    return _common_dtype(specs[n].dtype for n in plain if n in specs)
 
 
 def hf_to_canonical(hf: Mapping[str, Tensor], config: ModelConfig, kind: str = "vlm") -> dict[str, Tensor]:
@@ -156,8 +170,9 @@ def hf_to_canonical(hf: Mapping[str, Tensor], config: ModelConfig, kind: str = "
     Raises:
         ConversionError: As `check_hf`.
     """
-    check_hf({n: Spec(tuple(t.shape), t.dtype) for n, t in hf.items()}, config, kind)
-    return dict(stream_to_canonical(lambda n: hf[n], table(config, kind)))
+    tensors = Tensors.of(hf)
+    check_hf(tensors.specs, config, kind)
+    return dict(canonical_tensors(tensors, table(config, kind)))
 
 
 def canonical_to_hf(
@@ -177,10 +192,25 @@ def canonical_to_hf(
         constants: As from `constants_of`; None writes `default_constants`.
         state_dtype: Format in which the folder held A_log and D.
     """
-    out = dict(stream_to_hf(canonical.items(), table(config, kind), state_dtype=state_dtype))
+    return dict(folder_tensors(Tensors.of(canonical), config, kind, constants=constants, state_dtype=state_dtype))
+
+
+def folder_tensors(
+    canonical: Tensors,
+    config: ModelConfig,
+    kind: str,
+    *,
+    constants: Mapping[str, Tensor] | None,
+    dtype: torch.dtype | None = None,
+    state_dtype: torch.dtype = torch.float32,
+) -> Tensors:
+    """Every tensor of a folder: `hf_tensors` and the constants; arguments as in `canonical_to_hf`."""
+    weights = hf_tensors(canonical, table(config, kind), dtype=dtype, state_dtype=state_dtype)
     names = constant_names(kind)
     chosen = default_constants(config, kind) if constants is None else constants
-    return out | {names[short]: t for short, t in chosen.items()}
+    extra = {names[short]: t for short, t in chosen.items()}
+    specs = {**weights.specs, **{n: Spec.of(t) for n, t in extra.items()}}
+    return Tensors(specs, lambda name: extra[name] if name in extra else weights.read(name))
 
 
 def constants_of(hf: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:

@@ -1,13 +1,15 @@
 """The one table of tensor names and layouts: Hugging Face folder <-> canonical (megatron-core, TP 1, unfused norms).
 
-Three kinds of folder exist. `vlm`: the released vision-language layout; `language`: the text model alone
-(`backbone.*`, `lm_head.weight`); `vision`: the tower alone (`radio_model.*`). Public sources of the layouts: the model
-classes `nemotron_h`, `radio` and `nemotron_h_omni` of Transformers, and the bridges of NVIDIA-NeMo/Megatron-Bridge.
+Three kinds of folder exist. `vlm`: the released vision-language layout; `language`: the text model alone; `vision`: the
+tower alone (`radio_model.*`). A text model has Nemotron-H names (`backbone.*`) or, in the predecessor, those of Llama
+(`model.*`), where one layer is a pair of ours, `*-`. Public sources of the layouts: the model classes `nemotron_h`,
+`llama`, `radio` and `nemotron_h_omni` of Transformers, vLLM `nemotron_vl.py`, and the bridges of
+NVIDIA-NeMo/Megatron-Bridge.
 
 Shape legend
     language   V vocabulary rows, H hidden, I Mamba inner (z, x), C conv channels (x, B, C),
                Z in_proj rows (z, x, B, C, dt), M Mamba heads, K conv kernel, F feed-forward,
-               Q query rows, G key rows (= value rows), A = Q + 2G
+               Q query rows, G key rows (= value rows), A = Q + 2G, D = 2F
     vision     E hidden, T = 3E, X pixels of a patch, N positions, R prefix tokens, W feed-forward
     projector  J = 4E pixel-shuffled width, L hidden
 """
@@ -27,6 +29,7 @@ class Rule(Enum):
 
     COPY = "copy"  # one tensor, same rows in the same order
     GROUPED_QKV = "grouped_qkv"  # q, k, v apart  <->  per key/value group g: [q of g..., k_g, v_g]
+    STACKED = "stacked"  # several tensors, one above the other
     HEAD_QKV = "head_qkv"  # [all q, all k, all v]  <->  per head h: [q_h, k_h, v_h]
 
 
@@ -88,6 +91,33 @@ LANGUAGE_TAIL = (
     Row("output_layer.weight", "lm_head.weight", "V H"),
 )
 
+LLAMA_HEAD = (Row("embedding.word_embeddings.weight", "model.embed_tokens.weight", "V H"),)
+
+# One layer of Llama is two of ours: its attention, then its MLP.
+LLAMA_LAYER = {
+    "*": (
+        Row("input_layernorm.weight", "input_layernorm.weight", "H"),
+        Row(
+            "self_attention.linear_qkv.weight",
+            "self_attn.q_proj.weight self_attn.k_proj.weight self_attn.v_proj.weight",
+            "A H",
+            Rule.GROUPED_QKV,
+            "Q H;G H;G H",
+        ),
+        Row("self_attention.linear_proj.weight", "self_attn.o_proj.weight", "H Q"),
+    ),
+    "-": (
+        Row("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", "H"),
+        Row("mlp.linear_fc1.weight", "mlp.gate_proj.weight mlp.up_proj.weight", "D H", Rule.STACKED, "F H;F H"),
+        Row("mlp.linear_fc2.weight", "mlp.down_proj.weight", "H F"),
+    ),
+}
+
+LLAMA_TAIL = (
+    Row("decoder.final_norm.weight", "model.norm.weight", "H"),
+    Row("output_layer.weight", "lm_head.weight", "V H"),
+)
+
 VISION_HEAD = (
     Row("class_token", "model.patch_generator.cls_token.token", "R E"),
     Row("position_embeddings", "model.patch_generator.pos_embed", "1 N E"),
@@ -114,6 +144,10 @@ PROJECTOR = (
     Row("linear_fc1.weight", "mlp1.1.weight", "L J"),
     Row("linear_fc2.weight", "mlp1.3.weight", "H L"),
 )
+
+# What the predecessor's projector has besides, by the option that adds it.
+PROJECTOR_NORM_BIAS = (Row("norm.bias", "mlp1.0.bias", "J"),)
+PROJECTOR_BIASES = (Row("linear_fc1.bias", "mlp1.1.bias", "L"), Row("linear_fc2.bias", "mlp1.3.bias", "H"))
 
 # Tensors a folder may carry that are no parameters of ours: pixel statistics and the tower's summary tokens.
 CONSTANTS = ("input_conditioner.norm_mean", "input_conditioner.norm_std", "summary_idxs")
@@ -189,7 +223,10 @@ def table(config: ModelConfig, kind: str) -> list[Entry]:
     if kind == "vlm":
         joined, hidden = 4 * config.vision.hidden_size, config.language.hidden_size
         dims = {"J": joined, "L": config.projector.ffn_hidden_size, "H": hidden}
-        entries += [_entry(row, "projector.", "", dims) for row in PROJECTOR]
+        rows: tuple[Row, ...] = PROJECTOR
+        rows += PROJECTOR_NORM_BIAS if config.projector.norm == "layernorm" else ()
+        rows += PROJECTOR_BIASES if config.projector.bias else ()
+        entries += [_entry(row, "projector.", "", dims) for row in rows]
     return entries
 
 
@@ -206,30 +243,47 @@ def language_dims(lm: LanguageConfig) -> dict[str, int]:
         "M": lm.mamba_num_heads,
         "K": lm.conv_kernel,
         "F": lm.ffn_hidden_size,
+        "D": 2 * lm.ffn_hidden_size,
         "Q": query,
         "G": key,
         "A": query + 2 * key,
     }
 
 
+def is_llama(lm: LanguageConfig) -> bool:
+    """Whether a text model has Llama's layout; otherwise it has Nemotron-H's.
+
+    Raises:
+        ConversionError: It has neither.
+    """
+    form = (lm.activation, lm.position)
+    if form == ("swiglu", "rope") and lm.hybrid_pattern == "*-" * (lm.num_layers // 2):
+        return True
+    if form == ("squared_relu", "none"):
+        return False
+    raise ConversionError(
+        f"a language model with activation {lm.activation!r}, position {lm.position!r} and layers "
+        f"{lm.hybrid_pattern!r} has no Hugging Face layout: Nemotron-H has squared_relu and none, Llama swiglu, rope "
+        "and pairs of *-"
+    )
+
+
 def _language(config: ModelConfig) -> Iterator[Entry]:
     lm = config.language
-    if lm.activation != "squared_relu" or lm.position != "none":
-        raise ConversionError(
-            f"{config.name}: a language model with activation {lm.activation!r} and position {lm.position!r} has no "
-            "Nemotron-H layout; only squared_relu without position embedding has"
-        )
+    llama = is_llama(lm)
+    head, layers, tail = (
+        (LLAMA_HEAD, LLAMA_LAYER, LLAMA_TAIL) if llama else (LANGUAGE_HEAD, LANGUAGE_LAYER, LANGUAGE_TAIL)
+    )
     dims = language_dims(lm)
-    for row in LANGUAGE_HEAD:
+    for row in head:
         yield _entry(row, "language_model.", "", dims)
     for n, character in enumerate(lm.hybrid_pattern):
-        if character not in LANGUAGE_LAYER:
-            raise ConversionError(f"hybrid_pattern has {character!r} at layer {n}; known are M, - and *")
-        for row in LANGUAGE_LAYER[character]:
-            yield _entry(
-                row, f"language_model.decoder.layers.{n}.", f"backbone.layers.{n}.", dims, groups=lm.num_query_groups
-            )
-    for row in LANGUAGE_TAIL:
+        if character not in layers:
+            raise ConversionError(f"hybrid_pattern has {character!r} at layer {n}; known are {', '.join(layers)}")
+        theirs = f"model.layers.{n // 2}." if llama else f"backbone.layers.{n}."
+        for row in layers[character]:
+            yield _entry(row, f"language_model.decoder.layers.{n}.", theirs, dims, groups=lm.num_query_groups)
+    for row in tail:
         yield _entry(row, "language_model.", "", dims)
 
 

@@ -7,6 +7,7 @@ Shape legend: S tokens, V vocabulary rows, T tiles, G patches along a tile's sid
 """
 
 import json
+import math
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,10 +18,13 @@ from typing import Any
 sys.modules["torchvision"] = None  # type: ignore[assignment]
 
 import torch
+import torch.nn.functional as F
 import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
     NemotronH_Omni_Reasoning_V3,
     NemotronH_Omni_Reasoning_V3_Config,
     NemotronHConfig,
@@ -33,6 +37,7 @@ from nemovl_train.config.schema import ModelConfig
 from nemovl_train.convert import hf_layout
 from nemovl_train.convert.guard import refuse_code_from
 from nemovl_train.convert.hf_config import OMNI_FOLDER, read_config, read_kind
+from nemovl_train.convert.names import is_llama
 from nemovl_train.convert.probe import Probe, make_probe
 from nemovl_train.convert.tensor_files import TensorFolder, read_json
 
@@ -54,8 +59,11 @@ def main(hf_dir: Path, out: Path) -> None:
         if kind != "language":
             outputs["tower_features"], reports["vision"] = _vision(hf_dir, kind, files, config, probe)
         if kind == "vlm":
-            whole, reports["vlm"] = _whole(hf_dir, config, probe)
-            outputs |= whole
+            if is_llama(config.language):
+                outputs |= _composed(hf_dir, files, config, outputs["tower_features"], probe)
+            else:
+                whole, reports["vlm"] = _whole(hf_dir, config, probe)
+                outputs |= whole
     save_file({n: t.float().contiguous() for n, t in outputs.items()}, str(out / "theirs.safetensors"))
     versions = {"transformers": transformers.__version__, "torch": torch.__version__}
     (out / "theirs.json").write_text(json.dumps({"reports": reports, "versions": versions}), encoding="utf-8")
@@ -63,14 +71,22 @@ def main(hf_dir: Path, out: Path) -> None:
 
 def _language(hf_dir: Path, kind: str, files: TensorFolder, probe: Probe) -> tuple[Tensor, dict[str, Any]]:
     """Logits [S, V] of the text, by the language model alone."""
+    model, info = _text_model(hf_dir, kind, files)
+    return model(input_ids=probe.text[None], use_cache=False).logits[0], _report(info)
+
+
+def _text_model(hf_dir: Path, kind: str, files: TensorFolder) -> tuple[Any, dict[str, Any]]:
+    document = read_json(hf_dir / "config.json")
+    llm = document if kind == "language" else document.get("llm_config") or document["text_config"]
+    llama = llm.get("model_type") == "llama"
+    of_config, of_model = (LlamaConfig, LlamaForCausalLM) if llama else (NemotronHConfig, NemotronHForCausalLM)
     if kind == "language":
-        model, info = NemotronHForCausalLM.from_pretrained(hf_dir, **OPTIONS)
+        model, info = of_model.from_pretrained(hf_dir, **OPTIONS)
     else:
-        settings = NemotronHConfig(**read_json(hf_dir / "config.json")["llm_config"])
         state = _part(files, "language_model.")
-        model, info = NemotronHForCausalLM.from_pretrained(None, config=settings, state_dict=state, **OPTIONS)
+        model, info = of_model.from_pretrained(None, config=of_config(**llm), state_dict=state, **OPTIONS)
     release_time_step(model)
-    return model.eval()(input_ids=probe.text[None], use_cache=False).logits[0], _report(info)
+    return model.eval(), info
 
 
 def _vision(
@@ -100,6 +116,28 @@ def _whole(hf_dir: Path, config: ModelConfig, probe: Probe) -> tuple[dict[str, T
     tokens = model.get_image_features(patches, grids, return_dict=True).pooler_output
     logits = model(input_ids=probe.mixed[None], pixel_values=patches, image_grid_hw=grids, use_cache=False).logits[0]
     return {"visual_tokens": torch.stack(tuple(tokens)), "mixed_logits": logits}, _report(info)
+
+
+def _composed(
+    hf_dir: Path, files: TensorFolder, config: ModelConfig, features: Tensor, probe: Probe
+) -> dict[str, Tensor]:
+    """Logits and visual tokens of the predecessor, for which Transformers has no class: its parts, put together here.
+
+    Pixel shuffle and projector follow the public readers of its folder (vLLM `nemotron_vl.py`).
+    """
+    count, side, width = features.shape[0], math.isqrt(features.shape[1]), features.shape[2]
+    # Two by two neighbours become one token: (row, column, channel) inside, tokens row by row.
+    grid = features.view(count, side // 2, 2, side // 2, 2, width).permute(0, 1, 3, 2, 4, 5)
+    joined = grid.reshape(count, -1, 4 * width)
+    weight = {n.removeprefix("mlp1."): files.read(n).float() for n in files.specs if n.startswith("mlp1.")}
+    hidden = F.layer_norm(joined, (4 * width,), weight["0.weight"], weight["0.bias"], hf_layout.PROJECTOR_EPS)
+    hidden = F.gelu(F.linear(hidden, weight["1.weight"], weight["1.bias"]))
+    tokens = F.linear(hidden, weight["3.weight"], weight["3.bias"])
+    model, _ = _text_model(hf_dir, "vlm", files)
+    embeddings = model.get_input_embeddings()(probe.mixed)
+    embeddings[probe.mixed == config.tokens.image] = tokens.flatten(0, 1)
+    logits = model(inputs_embeds=embeddings[None], use_cache=False).logits[0]
+    return {"visual_tokens": tokens, "mixed_logits": logits}
 
 
 def release_time_step(model: torch.nn.Module) -> None:

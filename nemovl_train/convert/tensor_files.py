@@ -1,24 +1,23 @@
-"""Safetensors folders: reading by name with checks, and writing tensor by tensor with deterministic bytes.
+"""Safetensors folders: reading by name with checks, and writing shard by shard with deterministic bytes.
 
 The file format is public (github.com/huggingface/safetensors): 8 bytes little-endian header length, a JSON header
 padded with spaces to 8 bytes, then the tensors' raw bytes. All sizes are known beforehand, so a header can be written
-first and each tensor put in its place whenever it arrives: one tensor in memory, and bytes that do not depend on order.
+first. Both ways one tensor is in memory; files are read, not mapped, so that no page of them counts as ours.
 """
 
 import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nemovl_train.convert.mapping import Spec
+from nemovl_train.convert.lazy import Spec, Tensors
 from nemovl_train.exceptions import ConversionError
 
 SINGLE = "model.safetensors"
@@ -44,7 +43,7 @@ CODE_OF = {dtype: code for code, dtype in CODES.items()}
 
 
 class TensorFolder:
-    """The tensors of a Hugging Face folder, by name. Headers are read at once, values when asked for (memory-mapped).
+    """The tensors of a Hugging Face folder, by name. Headers are read at once, values when asked for.
 
     Args:
         folder: Folder with `model.safetensors`, or shards and their index.
@@ -58,39 +57,47 @@ class TensorFolder:
         self.folder = folder
         self.hashes = dict(hashes or {})
         self.specs: dict[str, Spec] = {}
-        self._files: dict[str, Any] = {}
-        self._file_of: dict[str, str] = {}
+        self._place: dict[str, tuple[str, int]] = {}
         index = _index(folder)
         for file in sorted(set(index.values())) if index else [SINGLE]:
             self._open(file)
-        if index and index != self._file_of:
-            wrong = sorted(set(index.items()) ^ set(self._file_of.items()))[0]
+        found = {name: file for name, (file, _) in self._place.items()}
+        if index and index != found:
+            wrong = sorted(set(index.items()) ^ set(found.items()))[0]
             raise ConversionError(f"{folder / INDEX} and the shards disagree about tensor {wrong[0]} (in {wrong[1]})")
 
     def _open(self, file: str) -> None:
         path = self.folder / file
         try:
-            handle = safe_open(str(path), framework="pt")
-            for name in handle.keys():  # noqa: SIM118 (not a mapping)
-                if name in self._file_of:
-                    raise ConversionError(f"tensor {name} is in both {self._file_of[name]} and {file}")
-                view = handle.get_slice(name)
-                code = view.get_dtype()
-                if code not in CODES:
-                    raise ConversionError(f"{path}: tensor {name} has unknown format {code}")
-                self.specs[name] = Spec(tuple(view.get_shape()), CODES[code])
-                self._file_of[name] = file
+            with safe_open(str(path), framework="pt"):  # checks the header and that the file is as long as it says
+                pass
+            with path.open("rb") as stream:
+                size = int.from_bytes(stream.read(8), "little")
+                header = json.loads(stream.read(size))
         except (SafetensorError, OSError) as error:
             raise ConversionError(f"{path} cannot be read as safetensors: {error}; copy the file again") from error
-        self._files[file] = handle
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            if name in self._place:
+                raise ConversionError(f"tensor {name} is in both {self._place[name][0]} and {file}")
+            if entry["dtype"] not in CODES:
+                raise ConversionError(f"{path}: tensor {name} has unknown format {entry['dtype']}")
+            self.specs[name] = Spec(tuple(entry["shape"]), CODES[entry["dtype"]])
+            self._place[name] = (file, 8 + size + entry["data_offsets"][0])
 
     def read(self, name: str) -> Tensor:
         """The tensor of that name; its bytes are hashed first when a hash is known."""
-        tensor: Tensor = self._files[self._file_of[name]].get_tensor(name)
+        file, offset = self._place[name]
+        tensor = torch.empty(self.specs[name].shape, dtype=self.specs[name].dtype)
+        with (self.folder / file).open("rb") as stream:
+            stream.seek(offset)
+            if stream.readinto(raw_bytes(tensor)) != tensor.nbytes:
+                raise ConversionError(f"{self.folder / file} became shorter while it was read; copy the file again")
         expected = self.hashes.get(name)
         if expected is not None and tensor_hash(tensor) != expected:
             raise ConversionError(
-                f"{self.folder / self._file_of[name]}: tensor {name} is not the one that was exported (SHA-256 "
+                f"{self.folder / file}: tensor {name} is not the one that was exported (SHA-256 "
                 "differs); copy the folder again, or delete nemovl_export.json if the weights were changed on purpose"
             )
         return tensor
@@ -145,97 +152,73 @@ def tensor_hash(tensor: Tensor) -> str:
 
 
 @dataclass(frozen=True)
-class _Place:
-    file: str
-    offset: int
-    size: int
+class Shard:
+    """What a complete shard holds.
 
-
-class ShardWriter:
-    """Writes a planned set of tensors into safetensors shards; each may arrive at any time, once.
-
-    Args:
-        folder: Existing folder that gets the files.
-        plan: Name -> shape and format, in the order of the files.
-        max_shard_bytes: A shard is closed before it would grow beyond this many bytes of tensors.
+    Attributes:
+        sha256: Hash of the file.
+        tensors: Name -> hash of the tensor's bytes.
     """
 
-    def __init__(self, folder: Path, plan: Mapping[str, Spec], *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-        self.folder = folder
-        self.plan = dict(plan)
-        self.hashes: dict[str, str] = {}
-        self._places: dict[str, _Place] = {}
-        self._open_files: dict[str, IO[bytes]] = {}
-        shards = _split(self.plan, max_shard_bytes)
-        for i, names in enumerate(shards):
-            file = SINGLE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-            self._start(file, names)
-        if len(shards) > 1:
-            total = sum(nbytes(s) for s in self.plan.values())
-            index = {"metadata": {"total_size": total}, "weight_map": {n: self._places[n].file for n in self.plan}}
-            (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-    def _start(self, file: str, names: Sequence[str]) -> None:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        begin = 0
-        # Wide formats first: every tensor then starts at a multiple of its element size.
-        for name in sorted(names, key=lambda n: -self.plan[n].dtype.itemsize):
-            spec = self.plan[name]
-            end = begin + nbytes(spec)
-            header[name] = {"dtype": CODE_OF[spec.dtype], "shape": list(spec.shape), "data_offsets": [begin, end]}
-            begin = end
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        handle = (self.folder / file).open("wb")
-        handle.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            offset = 8 + len(text) + header[name]["data_offsets"][0]
-            self._places[name] = _Place(file, offset, nbytes(self.plan[name]))
-        self._open_files[file] = handle
-
-    def put(self, name: str, tensor: Tensor) -> None:
-        """Write one planned tensor."""
-        spec, place = self.plan[name], self._places[name]
-        assert (tuple(tensor.shape), tensor.dtype) == (spec.shape, spec.dtype), name
-        assert name not in self.hashes, name
-        data = raw_bytes(tensor)
-        handle = self._open_files[place.file]
-        handle.seek(place.offset)
-        handle.write(data)
-        self.hashes[name] = hashlib.sha256(data).hexdigest()
-
-    def close(self) -> None:
-        """Flush everything to the disk. Every planned tensor must have been put."""
-        assert len(self.hashes) == len(self.plan), sorted(set(self.plan) - set(self.hashes))[:3]
-        for handle in self._open_files.values():
-            handle.flush()
-            os.fsync(handle.fileno())
-        self.abandon()
-
-    def abandon(self) -> None:
-        """Close the files, complete or not."""
-        for handle in self._open_files.values():
-            with suppress(OSError):  # what a full disk did not take was reported when it was written
-                handle.close()
-        self._open_files.clear()
+    sha256: str
+    tensors: dict[str, str]
 
 
-def nbytes(spec: Spec) -> int:
-    """Bytes of a tensor."""
-    count = spec.dtype.itemsize
-    for size in spec.shape:
-        count *= size
-    return count
-
-
-def _split(plan: Mapping[str, Spec], limit: int) -> list[list[str]]:
+def plan_shards(specs: Mapping[str, Spec], *, max_shard_bytes: int = MAX_SHARD_BYTES) -> dict[str, list[str]]:
+    """File -> names of its tensors. A shard ends before it would hold more than so many bytes of tensors."""
     shards: list[list[str]] = [[]]
     filled = 0
-    for name, spec in plan.items():
-        size = nbytes(spec)
-        if shards[-1] and filled + size > limit:
+    for name, spec in specs.items():
+        if shards[-1] and filled + spec.nbytes > max_shard_bytes:
             shards.append([])
             filled = 0
         shards[-1].append(name)
-        filled += size
-    return shards
+        filled += spec.nbytes
+    if len(shards) == 1:
+        return {SINGLE: shards[0]}
+    return {f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards)}
+
+
+def write_shard(path: Path, names: Sequence[str], tensors: Tensors) -> Shard:
+    """Write one file and push it to the disk. The same tensors give the same bytes.
+
+    Args:
+        path: The file.
+        names: Its tensors.
+        tensors: Where they come from.
+    """
+    # Wide formats first: every tensor then starts at a multiple of its element size.
+    ordered = sorted(names, key=lambda n: -tensors.specs[n].dtype.itemsize)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    for name in ordered:
+        spec = tensors.specs[name]
+        end = begin + spec.nbytes
+        header[name] = {"dtype": CODE_OF[spec.dtype], "shape": list(spec.shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    whole, hashes = hashlib.sha256(), {}
+    with path.open("wb") as file:
+        begun = len(text).to_bytes(8, "little") + text
+        file.write(begun)
+        whole.update(begun)
+        for name in ordered:
+            tensor = tensors.read(name)
+            assert Spec.of(tensor) == tensors.specs[name], name
+            data = raw_bytes(tensor)
+            file.write(data)
+            whole.update(data)
+            hashes[name] = hashlib.sha256(data).hexdigest()
+        file.flush()
+        os.fsync(file.fileno())
+    return Shard(whole.hexdigest(), hashes)
+
+
+def write_index(folder: Path, shards: Mapping[str, Sequence[str]], specs: Mapping[str, Spec]) -> None:
+    """Say which tensor is in which shard, where there are several."""
+    if len(shards) > 1:
+        total = sum(s.nbytes for s in specs.values())
+        weight_map = {name: file for file, names in shards.items() for name in names}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")

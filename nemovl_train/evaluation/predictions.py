@@ -63,7 +63,7 @@ def _questions(
             # The scores leave such a sample out as well; a stage that is trained must not hang on it.
             log.warning("no prediction for sample %r of %s: %s", dataset.key(index), source, error)
             continue
-        # Without a state cache an answer costs its prompt once per token: long documents are left to exact match.
+        # The report shows questions whole, and nobody would read those: long documents are left to exact match.
         if len(prompt.input_ids) <= MAX_PROMPT_TOKENS:
             asked.append((stored, prompt))
     return asked

@@ -30,7 +30,7 @@ from data_pipelines.tokenizer import TextTokenizer
 from nemovl_train.checkpoint.files import replace_text
 from nemovl_train.config.schema import RunConfig
 from nemovl_train.evaluation.predictions import write_predictions
-from nemovl_train.inference.generate import most_likely
+from nemovl_train.inference.sampling import most_likely
 from nemovl_train.model.batch import PackBatch
 from nemovl_train.model.vlm import NemotronVL
 from nemovl_train.parallel.agree import on_first_rank

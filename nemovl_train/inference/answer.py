@@ -6,13 +6,14 @@
     answer(Path("runs/tiny/hf"), "Which digit is this?", images=[Path("digit.png")])
     answer_all(Path("runs/tiny/hf"), [Question("2 + 2?"), Question("What moves?", videos=(Path("clip.mp4"),))])
 
-The folder's config, weights, tokenizer and preprocessor config decide everything; no code from it is run. Decoding is
-greedy.
+The folder's config, weights, tokenizer and preprocessor config decide everything; no code from it is run. `Decoding`
+says how long answers may be, how tokens are chosen, and how much of a video is looked at.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,8 @@ from nemovl_train.convert.hf_layout import RELEASED_MEDIA
 from nemovl_train.exceptions import ConversionError, DataError, UserError
 from nemovl_train.inference.generate import generate
 from nemovl_train.inference.prompt import Prompt, build_prompt
-
-MAX_NEW_TOKENS = 128
+from nemovl_train.inference.sampling import GREEDY, Sampling
+from nemovl_train.model.vlm import NemotronVL
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,34 @@ class Question:
     think: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """How answers are written.
+
+    Attributes:
+        max_new_tokens: Longest answer in tokens.
+        sampling: How tokens are chosen; the most likely one by default.
+        stop: Texts of tokens that end an answer, besides the end of a turn; each must be one token.
+        video_pruning_rate: Share of each video's visual tokens to drop (Efficient Video Sampling), in [0, 1).
+    """
+
+    max_new_tokens: int = 128
+    sampling: Sampling = GREEDY
+    stop: Sequence[str] = ()
+    video_pruning_rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.max_new_tokens < 1:
+            problems.append(f"max_new_tokens is {self.max_new_tokens}: at least 1")
+        if not 0 <= self.video_pruning_rate < 1:
+            problems.append(
+                f"video_pruning_rate is {self.video_pruning_rate}: at least 0 (all tokens) and below 1; 0.75 is usual"
+            )
+        if problems:
+            raise UserError("\n".join(problems))
+
+
 def answer(
     folder: Path,
     prompt: str,
@@ -61,20 +90,19 @@ def answer(
     videos: Sequence[Path] = (),
     system: str = "",
     think: bool = False,
-    max_new_tokens: int = MAX_NEW_TOKENS,
+    decoding: Decoding | None = None,
 ) -> str:
     """Answer one question; see `Question` for the arguments and `answer_all` for result and errors."""
-    question = Question(prompt, images, videos, system, think)
-    return answer_all(folder, [question], max_new_tokens=max_new_tokens)[0]
+    return answer_all(folder, [Question(prompt, images, videos, system, think)], decoding)[0]
 
 
-def answer_all(folder: Path, questions: Sequence[Question], *, max_new_tokens: int = MAX_NEW_TOKENS) -> list[str]:
-    r"""Answer several questions with one loaded model, each as if it were asked alone.
+def answer_all(folder: Path, questions: Sequence[Question], decoding: Decoding | None = None) -> list[str]:
+    r"""Answer several questions with one loaded model, together, each as if it were asked alone.
 
     Args:
         folder: Exported folder of a vision-language or text-only model.
         questions: What to ask.
-        max_new_tokens: Longest answer in tokens.
+        decoding: How; greedy and at most 128 tokens when None.
 
     Returns:
         One text per question. With reasoning on it begins with `<think>\n` and the trace, which `</think>` ends.
@@ -82,19 +110,87 @@ def answer_all(folder: Path, questions: Sequence[Question], *, max_new_tokens: i
     Raises:
         ConversionError: The folder is not an export, is damaged, or holds a tower alone.
         DataError: A medium cannot be read, or tags in a prompt do not match its media; the file is named.
-        UserError: Images or videos for a text-only model.
+        UserError: Images or videos for a text-only model, or a stop text that is not one token.
     """
-    source = _open_folder(folder)
+    exported = ExportedModel(folder)
     # Everything that can be wrong with a question is found before the weights are read.
-    with_vision = "vision" in source.config.parts
-    tokenizer = TextTokenizer(folder, media=with_vision)
-    rules = _rules(source, with_vision)
-    records = [_record(question, folder, with_vision) for question in questions]
-    prompts = [build_prompt(record, media, tokenizer, rules) for record, media in records]
-    answers = _generate(source, prompts, max_new_tokens)
-    texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
-    thinking = [reasoning_on(record["messages"]) for record, _ in records]
-    return [f"{TRACE_START}{text}" if on else text for text, on in zip(texts, thinking, strict=True)]
+    asked = [exported.asked(*_record(question, folder, exported.with_vision)) for question in questions]
+    stop = exported.stop_ids(decoding.stop if decoding else ())
+    with exported.loaded() as model:
+        return exported.answers(model, asked, decoding or Decoding(), stop)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A rendered question, and whether its answer begins inside a reasoning trace."""
+
+    prompt: Prompt
+    reasoning: bool
+
+
+class ExportedModel:
+    """An exported folder, opened: its rules at once, its weights when they are asked for.
+
+    Args:
+        folder: Exported folder of a vision-language or text-only model.
+
+    Raises:
+        ConversionError: The folder is not an export, is damaged, or holds a tower alone.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._source = _open_folder(folder)
+        self.config = self._source.config
+        self.with_vision = "vision" in self.config.parts
+        self.tokenizer = TextTokenizer(folder, media=self.with_vision)
+        self.rules = _rules(self._source, self.with_vision)
+
+    def asked(self, record: Mapping[str, Any], media: Mapping[str, bytes]) -> Asked:
+        """Render a record of the dataset schema; its last answer, if it has one, is left out.
+
+        Raises:
+            DataError: The record or one of its media cannot be used.
+        """
+        messages = record["messages"][:-1] if record["messages"][-1]["role"] == "assistant" else record["messages"]
+        return Asked(build_prompt(record, media, self.tokenizer, self.rules), reasoning_on(messages))
+
+    def stop_ids(self, stop: Sequence[str]) -> list[int]:
+        """Ids of stop texts.
+
+        Raises:
+            UserError: One of them is not one token.
+        """
+        ids = [self.tokenizer.token_ids(text) for text in stop]
+        problems = [
+            f"stop text {text!r} is {len(found)} tokens; give texts of one token each"
+            for text, found in zip(stop, ids, strict=True)
+            if len(found) != 1
+        ]
+        if problems:
+            raise UserError("\n".join(problems))
+        return [found[0] for found in ids]
+
+    @contextmanager
+    def loaded(self) -> Iterator[NemotronVL]:
+        """The model with its weights, in evaluation mode, on the GPU where there is one."""
+        with single_process_model(self.config, self._source.dtype) as model:
+            load_tensors(model, self._source.tensors())
+            yield model.eval()
+
+    def answers(
+        self, model: NemotronVL, asked: Sequence[Asked], decoding: Decoding, stop: Sequence[int] = ()
+    ) -> list[str]:
+        """Texts of the answers, in order; see `answer_all`."""
+        written = generate(
+            model,
+            [question.prompt for question in asked],
+            max_new_tokens=decoding.max_new_tokens,
+            sampling=decoding.sampling,
+            stop=stop,
+            video_pruning_rate=decoding.video_pruning_rate,
+        )
+        texts = [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in written]
+        return [f"{TRACE_START}{t}" if q.reasoning else t for t, q in zip(texts, asked, strict=True)]
 
 
 def _open_folder(folder: Path) -> HFFolder:
@@ -135,7 +231,7 @@ def _record(question: Question, folder: Path, with_vision: bool) -> tuple[dict[s
     media: dict[str, bytes] = {}
     for number, (kind, path) in enumerate(paths):
         member = f"{kind}{number}"
-        media[member], metadata = _read_medium(kind, path)
+        media[member], metadata = read_medium(kind, path)
         items.append({"type": kind, kind: member, "metadata": metadata})
     # The switch is taken out of the text again, so the system block is the caller's.
     system = question.system + ("/think" if question.think else "")
@@ -144,8 +240,16 @@ def _record(question: Question, folder: Path, with_vision: bool) -> tuple[dict[s
     return {"id": "question", "messages": messages}, media
 
 
-def _read_medium(kind: str, path: Path) -> tuple[bytes, dict[str, Any]]:
-    """Bytes of a file that decodes, and what a record says about it. Errors name the file."""
+def read_medium(kind: str, path: Path) -> tuple[bytes, dict[str, Any]]:
+    """Bytes of a file that decodes, and what a record says about it.
+
+    Args:
+        kind: `image` or `video`.
+        path: The file.
+
+    Raises:
+        DataError: It cannot be read; it is named.
+    """
     try:
         data = path.read_bytes()
         if kind == "image":
@@ -162,9 +266,3 @@ def _read_medium(kind: str, path: Path) -> tuple[bytes, dict[str, Any]]:
         "video_fps": shape.fps,
         "video_num_frames": shape.frames,
     }
-
-
-def _generate(source: HFFolder, prompts: Sequence[Prompt], max_new_tokens: int) -> list[list[int]]:
-    with single_process_model(source.config, source.dtype) as model:
-        load_tensors(model, source.tensors())
-        return generate(model.eval(), prompts, max_new_tokens=max_new_tokens)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nemovl_train.model import cache
 from nemovl_train.model.packing import PackParams
 from nemovl_train.parallel import cpu
 from nemovl_train.parallel.exchange import gather_columns, gather_tokens, scatter_columns
@@ -45,6 +46,7 @@ class ContextAttention(MegatronModule):
     def __init__(self, core: Any, config: TransformerConfig, pg_collection: ProcessGroupCollection, **options: Any):
         super().__init__(config)
         self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
+        self.layer_number: int = options["layer_number"]
         ranks = self.cp_group.size()
         assert config.num_query_groups is not None
         self.exchanges_heads = config.num_query_groups // self.tp_group.size() % ranks == 0
@@ -83,6 +85,8 @@ class ContextAttention(MegatronModule):
         pack, width = packed_seq_params, query.shape[-1]
         if pack.rotary is not None:
             query, key = (self._rotated(t, pack.rotary) for t in (query, key))
+        if isinstance(pack, cache.CachedParams):
+            return cache.attend(query, key, value, self.layer_number, pack)
         if self.cp_group.size() == 1:
             return self._plain(query, key, value, attn_mask_type, pack)
         if self.exchanges_heads:

@@ -78,11 +78,13 @@ def training_flops(
     num_tiles: int,
     head_tokens: int,
     train: Sequence[str] = PARTS,
+    adapted: Sequence[str] = (),
 ) -> PackFlops:
     """Model FLOPs of one training step on one pack.
 
     Frozen parts cost less: a frozen language model still passes gradients down to the visual tokens (no weight
-    gradients), and costs its forward pass alone when the pack has no tiles or nothing below it trains.
+    gradients), and costs its forward pass alone when the pack has no tiles or nothing below it trains. Adapters let
+    gradients flow through their whole part; their own work is left out: at rank 16 under one percent of the layer's.
 
     Args:
         config: Sizes of the parts.
@@ -90,15 +92,17 @@ def training_flops(
         num_tiles: Tiles that the tower encodes.
         head_tokens: Positions at which logits are made: the supervised ones in training, all for plain logits.
         train: Parts whose weights get gradients; empty for a forward pass.
+        adapted: Parts with adapters.
 
     Returns:
         FLOPs by kind of work.
     """
     assert set(train) <= set(PARTS), f"parts are some of {PARTS}, not {train}"
-    tiles_need_grad = num_tiles > 0 and ("vision" in train or "projector" in train)
-    language = _passes(trained="language" in train, gradient_flows=tiles_need_grad)
-    projector = _passes(trained="projector" in train, gradient_flows="vision" in train)
-    vision = _passes(trained="vision" in train, gradient_flows=False)
+    learns = {*train, *adapted}
+    tiles_need_grad = num_tiles > 0 and bool(learns & {"vision", "projector"})
+    language = _passes(trained="language" in train, gradient_flows=tiles_need_grad or "language" in learns)
+    projector = _passes(trained="projector" in train, gradient_flows=bool(learns & {"vision", "projector"}))
+    vision = _passes(trained="vision" in train, gradient_flows="vision" in learns)
     size = config.language
     tokens = sum(document_lengths)
     squares = sum(length * length for length in document_lengths)
@@ -216,4 +220,6 @@ def _vision_parameters(size: VisionConfig) -> int:
 
 def _projector_parameters(vision: VisionConfig, size: ProjectorConfig, language: LanguageConfig) -> int:
     joined = _SHUFFLED_PATCHES * vision.hidden_size
-    return joined + size.ffn_hidden_size * (joined + language.hidden_size)
+    norm = joined * (2 if size.norm == "layernorm" else 1)
+    biases = size.ffn_hidden_size + language.hidden_size if size.bias else 0
+    return norm + biases + size.ffn_hidden_size * (joined + language.hidden_size)

@@ -64,7 +64,7 @@ def local_part(whole: Tensor, parameter: Tensor, tp_size: int, tp_rank: int) -> 
     if not _is_split(parameter, tp_size):
         return whole
     dim: int = parameter.partition_dim  # type: ignore[attr-defined]
-    sizes = _component_sizes(parameter)
+    sizes = component_sizes(parameter)
     parts = whole.split([size * tp_size for size in sizes], dim=dim)
     return torch.cat([p.narrow(dim, tp_rank * s, s) for p, s in zip(parts, sizes, strict=True)], dim=dim)
 
@@ -74,11 +74,11 @@ def join_parts(parts: list[Tensor], parameter: Tensor) -> Tensor:
     if not _is_split(parameter, len(parts)):
         return parts[0]
     dim: int = parameter.partition_dim  # type: ignore[attr-defined]
-    pieces = zip(*(part.split(_component_sizes(parameter), dim=dim) for part in parts), strict=True)
+    pieces = zip(*(part.split(component_sizes(parameter), dim=dim) for part in parts), strict=True)
     return torch.cat([torch.cat(piece, dim=dim) for piece in pieces], dim=dim)
 
 
-def _component_sizes(parameter: Tensor) -> list[int]:
+def component_sizes(parameter: Tensor) -> list[int]:
     """Local sizes of the components along the split dimension."""
     local = parameter.shape[parameter.partition_dim]  # type: ignore[attr-defined]
     stride = getattr(parameter, "partition_stride", 1)
@@ -107,7 +107,10 @@ def _draw(name: str, shape: list[int], std: float, residual_additions: int) -> C
         return lambda g: _uniform(shape, -bound, bound, g)
     if leaf == "D" or (leaf == "weight" and "norm" in owner.rpartition(".")[2]):
         return lambda g: torch.ones(shape)
-    if leaf == "bias":
+    if leaf == "lora_a":
+        # As published adapters start: what PyTorch gives a linear layer of this width.
+        return lambda g: _uniform(shape, -(shape[-1] ** -0.5), shape[-1] ** -0.5, g)
+    if leaf in ("bias", "lora_b"):
         return lambda g: torch.zeros(shape)
     if name.endswith(_RESIDUAL_OUTPUTS):
         std = std / math.sqrt(residual_additions)

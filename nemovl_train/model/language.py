@@ -227,7 +227,7 @@ def build_language_model(
         backend: Where leaf modules come from.
         options: Further `TransformerConfig` fields (recompute, FP8).
     """
-    return LanguageModel(
+    model = LanguageModel(
         config=language_transformer_config(config, layout, params_dtype, **options),
         hybrid_stack_spec=hybrid_stack_spec(backend, config, layout),
         vocab_size=config.vocab_size,
@@ -237,3 +237,8 @@ def build_language_model(
         rotary_base=int(config.rope_theta),
         pg_collection=layout.language_groups,
     )
+    if config.position == "rope" and config.rope_scaling_factor != 1.0:
+        # `HybridModel` has no argument for what megatron-core's own rotary embedding can do.
+        rotary = model.rotary_pos_emb
+        rotary.inv_freq = rotary._apply_scaling(rotary.inv_freq, factor=config.rope_scaling_factor)
+    return model

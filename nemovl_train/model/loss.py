@@ -2,12 +2,14 @@
 
 Logits exist for some rows at a time, in the weights' dtype; float32 exists for a block of their columns. Forward keeps
 one number a row, the log of the softmax's denominator; backward makes the logits again, turns them into their own
-gradient in place and multiplies. Tensor parallel ranks exchange three numbers a row, once.
+gradient in place and multiplies. On CUDA both passes over logits are Triton kernels. Tensor parallel ranks exchange
+three numbers a row, once.
 
 Shape legend: S tokens in a pack, M supervised ones, H hidden, V vocabulary rows of this rank, R ranks.
 """
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -53,45 +55,63 @@ def token_loss(
     else:
         hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden, group=head.tp_group)
     positions = torch.nonzero(labels != IGNORE).squeeze(1) if supervised is None else supervised
-    rows, targets = hidden.squeeze(1).index_select(0, positions), labels.index_select(0, positions)
+    targets = labels.index_select(0, positions)
     chunk = chunk or rows_at_a_time(len(head.weight), head.weight.element_size())
-    losses = _LinearCrossEntropy.apply(rows, head.weight, targets, head.tp_group, chunk)
+    losses = _LinearCrossEntropy.apply(hidden.squeeze(1), head.weight, positions, targets, head.tp_group, chunk)
     return torch.zeros(len(labels), device=hidden.device).index_copy(0, positions, losses)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """[M, H], [V, H], [M] -> [M] float32, the same on every rank of the group."""
+    """Hidden [S, H], weight [V, H], positions [M], targets [M] -> [M] float32, the same on every rank of the group."""
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, weight: Tensor, targets: Tensor, group: dist.ProcessGroup, chunk: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        positions: Tensor,
+        targets: Tensor,
+        group: dist.ProcessGroup,
+        chunk: int,
     ) -> Tensor:
         local = targets - group.rank() * len(weight)
-        found = [_statistics(F.linear(r, weight), t) for r, t in _chunks(chunk, rows, local)]
+        statistics = _kernels(hidden).statistics
+        found = [
+            statistics(F.linear(hidden.index_select(0, p), weight), t) for p, t in _chunks(chunk, positions, local)
+        ]
         log_sum, own = _over_ranks(torch.cat(found, dim=1), group)
-        ctx.save_for_backward(rows, weight, local, log_sum)
+        ctx.save_for_backward(hidden, weight, positions, local, log_sum)
         ctx.chunk = chunk
         return log_sum - own
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, local, log_sum = ctx.saved_tensors
-        of_rows = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
+        hidden, weight, positions, local, log_sum = ctx.saved_tensors
+        of_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         total, of_weight = _weight_gradient(weight) if ctx.needs_input_grad[1] else (None, None)
-        begin = 0
-        for r, t, s, g in _chunks(ctx.chunk, rows, local, log_sum, grad):
-            logits = F.linear(r, weight)
-            _to_gradient(logits, t, s, g)
-            if of_rows is not None:
-                torch.mm(logits, weight, out=of_rows[begin : begin + len(r)])
+        to_gradient = _kernels(hidden).to_gradient
+        for p, t, s, g in _chunks(ctx.chunk, positions, local, log_sum, grad):
+            rows = hidden.index_select(0, p)
+            logits = F.linear(rows, weight)
+            to_gradient(logits, t, s, g)
+            if of_hidden is not None:
+                of_hidden.index_copy_(0, p, logits @ weight)
             if total is not None:
-                _add_product(total, logits, r)
-            begin += len(r)
+                _add_product(total, logits, rows)
             del logits  # or two chunks' logits would exist while the next are made
         if of_weight is None and total is not None:
             of_weight = total.to(weight.dtype)
-        return of_rows, of_weight, None, None, None
+        return of_hidden, of_weight, None, None, None, None
+
+
+def _kernels(tensor: Tensor) -> Any:
+    """`statistics` and `to_gradient`: Triton's on CUDA, else this module's own."""
+    if not tensor.is_cuda:
+        return SimpleNamespace(statistics=_statistics, to_gradient=_to_gradient)
+    from nemovl_train.model.kernels import cross_entropy
+
+    return cross_entropy
 
 
 def _chunks(chunk: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -40,6 +40,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from nemovl_train.model import cache
 from nemovl_train.model.kernels import dispatch
 from nemovl_train.model.kernels.phases import ScanInputs, TokenGradients
 from nemovl_train.model.mamba_parts import GatedNorm, MambaParameters, MambaSizes, mark_split
@@ -168,7 +169,7 @@ class PackedMambaMixer(MambaMixer):
 
         Args:
             hidden_states: [L, 1, E]; the rank's part of L with sequence parallelism.
-            inference_context: Must be None: this forward is for training.
+            inference_context: Must be None: decoding hands its state on in `CachedParams`.
             inference_params: Must be None.
             packed_seq_params: Boundaries of the pack. Without them states would leak from sample to sample.
 
@@ -182,7 +183,17 @@ class PackedMambaMixer(MambaMixer):
         projected, _ = self.in_proj(hidden_states)
         assert projected.shape[1] == 1, "packs are the only batch"
         projected, parameters = projected.squeeze(1), self._parameters_outside_projections()
-        if self.exchanges_heads:
+        if isinstance(packed_seq_params, cache.CachedParams):
+            assert self.layer_number is not None
+            inner = cache.mamba_inner(
+                projected,
+                parameters,
+                self.sizes,
+                eps=GATED_NORM_EPS,
+                layer=self.layer_number,
+                params=packed_seq_params,
+            )
+        elif self.exchanges_heads:
             inner = self._over_heads(projected, parameters, packed_seq_params)
         else:
             inner = _inner(

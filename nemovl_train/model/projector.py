@@ -1,16 +1,20 @@
 """The connector between tower and language model: RMSNorm, linear, squared ReLU, linear; no biases.
 
-Source: arXiv 2511.03929 section 2; the released weights `mlp1.0`, `mlp1.1` and `mlp1.3`.
+Source: arXiv 2511.03929 section 2; the released weights `mlp1.0`, `mlp1.1` and `mlp1.3`. The predecessor's has a
+LayerNorm, exact GELU and biases (vLLM `nemotron_vl.py`).
 
 Shape suffixes: J width of a pixel-shuffled patch feature (4 tower widths), F inner width, H language model width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from nemovl_train.config.schema import ModelConfig
+from nemovl_train.config.schema import ModelConfig, ProjectorConfig
 from nemovl_train.model.backend import Backend
 from nemovl_train.model.language import COMMON_OPTIONS
 from nemovl_train.model.recompute import squared_relu
@@ -25,7 +29,8 @@ from megatron.core.transformer.module import MegatronModule
 class Projector(MegatronModule):
     """Two-layer MLP on pixel-shuffled patch features.
 
-    Parameters: `norm.weight` [J], `linear_fc1.weight` [F, J], `linear_fc2.weight` [H, F].
+    Parameters: `norm.weight` [J], `linear_fc1.weight` [F, J], `linear_fc2.weight` [H, F]; with a LayerNorm `norm.bias`
+    [J], with biases `linear_fc1.bias` [F] and `linear_fc2.bias` [H].
 
     Args:
         config: Sizes of all parts; the projector's own width, and the widths on both sides of it.
@@ -37,14 +42,17 @@ class Projector(MegatronModule):
     def __init__(self, config: ModelConfig, layout: Layout, params_dtype: torch.dtype, backend: Backend) -> None:
         joined = 4 * config.vision.hidden_size
         inner = config.projector.ffn_hidden_size
-        transformer = _transformer_config(joined, inner, config.projector.norm_eps, params_dtype)
+        transformer = _transformer_config(joined, config.projector, params_dtype)
         super().__init__(transformer)
         self.tp_group = layout.vision_groups.tp
+        self.activation: Callable[[Tensor], Tensor] = squared_relu
+        if config.projector.activation == "gelu":
+            self.activation = F.gelu
         self.norm = backend.norm(config=transformer, hidden_size=joined, eps=config.projector.norm_eps)
         linear = {
             "config": transformer,
             "init_method": transformer.init_method,
-            "bias": False,
+            "bias": config.projector.bias,
             "skip_bias_add": False,
             "is_expert": False,
             "tp_group": self.tp_group,
@@ -64,19 +72,19 @@ class Projector(MegatronModule):
             [..., H] in the same dtype.
         """
         hidden, _ = self.linear_fc1(self.norm(features))
-        projected, _ = self.linear_fc2(squared_relu(hidden))
+        projected, _ = self.linear_fc2(self.activation(hidden))
         return projected
 
 
-def _transformer_config(joined: int, inner: int, norm_eps: float, params_dtype: torch.dtype) -> TransformerConfig:
+def _transformer_config(joined: int, size: ProjectorConfig, params_dtype: torch.dtype) -> TransformerConfig:
     """What the leaf modules read: dtypes, fusions and the norm. The projector has no layers or heads of its own."""
     return TransformerConfig(
         num_layers=1,
         hidden_size=joined,
         num_attention_heads=1,
-        ffn_hidden_size=inner,
-        normalization="RMSNorm",
-        layernorm_epsilon=norm_eps,
+        ffn_hidden_size=size.ffn_hidden_size,
+        normalization={"rmsnorm": "RMSNorm", "layernorm": "LayerNorm"}[size.norm],
+        layernorm_epsilon=size.norm_eps,
         params_dtype=params_dtype,
         pipeline_dtype=params_dtype,
         bf16=params_dtype == torch.bfloat16,

@@ -22,8 +22,10 @@ from nemovl_train.config.schema import PARTS, ModelConfig, RecomputeConfig
 from nemovl_train.exceptions import ConfigError, DataError
 from nemovl_train.model.backend import Backend, select_backend
 from nemovl_train.model.batch import PackBatch
+from nemovl_train.model.cache import CachedParams
 from nemovl_train.model.init import init_weights
 from nemovl_train.model.language import LanguageModel, build_language_model, collect_weights
+from nemovl_train.model.lora import adapters
 from nemovl_train.model.projector import Projector
 from nemovl_train.model.recompute import recompute_fully, recompute_selectively
 from nemovl_train.model.vision import build_vision_tower
@@ -88,10 +90,10 @@ class NemotronVL(MegatronModule):
         return {part: module for part, module in parts.items() if module is not None}
 
     def freeze(self, train: Sequence[str]) -> None:
-        """Let only the named parts have gradients. Call it before DDP or an optimizer sees the parameters.
+        """Let only the named parts, and adapters, have gradients. Call it before DDP or an optimizer sees them.
 
         Args:
-            train: Parts that train.
+            train: Parts whose own weights train.
 
         Raises:
             ConfigError: A part is unknown or not in this model.
@@ -106,6 +108,8 @@ class NemotronVL(MegatronModule):
             raise ConfigError(problems)
         for part, module in parts.items():
             module.requires_grad_(part in train)
+            for _, pair in adapters(module):
+                pair.requires_grad_(True)
 
     def encode_tiles(self, tiles_T3PP: Tensor) -> Tensor:
         """Visual features in the language model's embedding space.
@@ -170,8 +174,41 @@ class NemotronVL(MegatronModule):
         if self.layout.sequence_parallel:
             hidden = gather_tokens(hidden, self.layout.language_groups.tp)
         hidden = gather_tokens(hidden, self.layout.language_groups.cp)
-        if positions_M is not None:
-            hidden = hidden.index_select(0, positions_M)
+        return self._head(hidden if positions_M is None else hidden.index_select(0, positions_M))
+
+    @torch.no_grad()
+    def decode(
+        self, input_ids: Tensor, pack: CachedParams, positions_M: Tensor, features: Tensor | None = None
+    ) -> Tensor:
+        """Logits of one pass over a decoding cache. Collective for the ranks that share the model.
+
+        Every such rank gives all tokens of the pass: they share heads and columns here, but no tokens.
+
+        Args:
+            input_ids: [S] int64, a multiple of the tensor parallel size with sequence parallelism.
+            pack: The pass; what it sees is added to its cache.
+            positions_M: [M] int64, positions that are asked for.
+            features: [F, H], in the order of the F image tokens among `input_ids`.
+
+        Returns:
+            [M, V] float32.
+        """
+        language, groups = self._language(), self.layout.language_groups
+        embeddings = language.embed(input_ids)
+        if features is not None:
+            rows = (input_ids == self.sizes.tokens.image).nonzero()[:, 0]
+            assert len(rows) == len(features), (len(rows), len(features))
+            # With sequence parallelism the residual stream holds only a run of the tokens.
+            rows = rows - len(embeddings) * groups.tp.rank() if self.layout.sequence_parallel else rows
+            held = (rows >= 0) & (rows < len(embeddings))
+            embeddings = embeddings.index_copy(0, rows[held], features[held].unsqueeze(1))
+        hidden = language.hidden_states(embeddings, pack)
+        if self.layout.sequence_parallel:
+            hidden = gather_tokens(hidden, groups.tp)
+        return self._head(hidden.index_select(0, positions_M))
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        """[M, 1, H] -> [M, V] float32, whole on every tensor parallel rank."""
         head = self._language().output_layer
         collect_weights(head)
         logits = torch.nn.functional.linear(hidden.squeeze(1), head.weight).float()
@@ -245,6 +282,9 @@ class NemotronVL(MegatronModule):
             # Without the second entry megatron-core would stack the tower's layers into one tensor.
             own = {**(metadata or {}), "dp_cp_group": groups.dp_cp, "non_homogeneous_layers": True}
             state |= module.sharded_state_dict(f"{prefix}{ATTRIBUTES[part]}.", sharded_offsets, own)
+            for name, pair in adapters(module):
+                # The linear layer took both halves for whole; one is split.
+                state |= pair.sharded_state_dict(f"{prefix}{ATTRIBUTES[part]}.{name}.")
         # Plain linears write empty entries there, Transformer Engine's would hold FP8 histories that we do not use.
         return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
 

@@ -1,8 +1,9 @@
 """File work that one process does for all, so that no rank waits for one that has given up."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from nemovl_train.exceptions import UserError
@@ -34,6 +35,18 @@ def on_first_rank[T](action: Callable[[], T]) -> T:
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+def on_any_rank(flags: Sequence[bool], group: dist.ProcessGroup) -> list[bool]:
+    """Whether each flag is set on some rank. Collective, and on the host: no device waits for it.
+
+    Args:
+        flags: This rank's.
+        group: A group of all ranks whose backend takes tensors of the CPU.
+    """
+    votes = torch.tensor(flags, dtype=torch.int32)
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=group)
+    return [bool(vote) for vote in votes.tolist()]
 
 
 def from_every_rank[T](item: T) -> list[T]:

@@ -1,9 +1,11 @@
 """The one owner of process groups, sizes and ranks. No other module asks megatron-core's `parallel_state`."""
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -37,6 +39,7 @@ class Layout:
         language_groups: Groups of the language model, its DDP, optimizer and checkpoints.
         vision_groups: The same for tower and projector.
         mamba_context: How Mamba layers share a pack over context parallel ranks, `state_passing` or `head_exchange`.
+        control: All processes, on the host: for decisions that no device should wait for.
         device: Where this process computes: its CUDA device, or the CPU.
     """
 
@@ -52,6 +55,7 @@ class Layout:
     mamba_context: str
     language_groups: ProcessGroupCollection
     vision_groups: ProcessGroupCollection
+    control: dist.ProcessGroup
     device: torch.device
 
     @classmethod
@@ -67,7 +71,7 @@ class Layout:
         Raises:
             LayoutError: The sizes do not fit the number of processes or the model.
         """
-        device = _start_distributed()
+        device = _start_distributed(parallel.collective_timeout_s)
         world_size = dist.get_world_size()
         problems = layout_problems(parallel, world_size, language)
         if problems:
@@ -77,6 +81,7 @@ class Layout:
             tensor_model_parallel_size=parallel.tp,
             context_parallel_size=parallel.cp,
             create_gloo_process_groups=False,
+            distributed_timeout_minutes=math.ceil(parallel.collective_timeout_s / 60),
         )
         model_parallel_cuda_manual_seed(_TRACKER_SEED, force_reset_rng=True)
         return cls(
@@ -92,6 +97,7 @@ class Layout:
             mamba_context=parallel.mamba_context,
             language_groups=ProcessGroupCollection.use_mpu_process_groups(),
             vision_groups=_vision_groups(),
+            control=_control_group(),
             device=device,
         )
 
@@ -140,6 +146,7 @@ class Layout:
             id(g): g for c in (self.language_groups, self.vision_groups) for g in vars(c).values() if g is not None
         }
         parallel_state.destroy_model_parallel()
+        groups[id(self.control)] = self.control
         ours = [g for g in groups.values() if not isinstance(g, list) and g is not dist.group.WORLD]
         # NCCL waits in a communicator's destruction for its other ranks, so all ranks need one order. That of the
         # collection is none: megatron-core fills it from a set of strings, which each process orders in its own way.
@@ -174,7 +181,7 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
-def _start_distributed() -> torch.device:
+def _start_distributed(timeout_s: float) -> torch.device:
     """Picks this process's device and starts torch.distributed if it is not running."""
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -188,10 +195,17 @@ def _start_distributed() -> torch.device:
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         if all(name in os.environ for name in _TORCHRUN_VARIABLES):
-            dist.init_process_group(backend)
+            dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return device
+
+
+def _control_group() -> dist.ProcessGroup:
+    """All processes over gloo: what they decide together would otherwise wait for the device's queue."""
+    world = dist.group.WORLD
+    assert world is not None
+    return world if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", group_desc="CONTROL")
 
 
 def _vision_groups() -> ProcessGroupCollection:

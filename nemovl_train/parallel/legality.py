@@ -45,6 +45,40 @@ def layout_problems(parallel: ParallelConfig, world_size: int, language: Languag
     return problems
 
 
+def placement_problems(parallel: ParallelConfig, nodes: int, per_node: int) -> list[str]:
+    """Names every reason why a layout is badly placed on nodes of this size.
+
+    Ranks are numbered tensor parallel first, then context parallel, and launchers give a node consecutive ranks. So the
+    ranks of a pack lie in one NVLink domain when their number divides the node; more of them fill whole nodes, with
+    every tensor parallel group, which talks in every layer, inside one.
+
+    Args:
+        parallel: A legal layout.
+        nodes: Nodes of the run.
+        per_node: Processes of each, joined by one NVLink domain.
+
+    Returns:
+        One sentence per problem.
+    """
+    if nodes == 1:
+        return []
+    if per_node % parallel.tp:
+        legal = _nearest(parallel.tp, (d for d in range(1, per_node + 1) if per_node % d == 0))
+        return [
+            f"parallel.tp={parallel.tp}: tensor parallel ranks would reach over nodes of {per_node} processes; "
+            f"set parallel.tp={legal}"
+        ]
+    group = parallel.tp * parallel.cp
+    if per_node % group and group % per_node:
+        sizes = (d for d in range(1, nodes * per_node + 1) if per_node % (d * parallel.tp) == 0)
+        legal = _nearest(parallel.cp, sizes)
+        return [
+            f"parallel.cp={parallel.cp} x parallel.tp={parallel.tp} = {group} ranks would share a pack over parts of "
+            f"nodes of {per_node} processes; set parallel.cp={legal}"
+        ]
+    return []
+
+
 def _head_exchange_problems(parallel: ParallelConfig, language: LanguageConfig) -> list[str]:
     """Context parallel ranks that exchange Mamba heads share each tensor parallel rank's heads and groups."""
     if parallel.mamba_context != "head_exchange" or "M" not in language.hybrid_pattern:

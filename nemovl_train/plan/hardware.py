@@ -59,6 +59,30 @@ GPU_TYPES = {
         nvlink_bytes=290e9,
         measured=False,
     ),
+    # Data sheet, dense bfloat16 312 TFLOP/s, 2.04 TB/s, NVLink 600 against 900 GB/s; the H100's shares of those.
+    "a100_80gb": Gpu(
+        name="A100 80 GB",
+        memory_bytes=81920 * 2**20,
+        outside_pool_bytes=9 * GIB,
+        peak_flops=312e12,
+        gemm_flops=231e12,
+        attention_flops=150e12,
+        copy_bytes=1.83e12,
+        nvlink_bytes=193e9,
+        measured=False,
+    ),
+    # Data sheet of the eight-GPU board: dense bfloat16 2.25 PFLOP/s, 180 GB and 8 TB/s a GPU, NVLink 1,800 GB/s.
+    "b200_180gb": Gpu(
+        name="B200 180 GB",
+        memory_bytes=180 * 10**9,
+        outside_pool_bytes=9 * GIB,
+        peak_flops=2250e12,
+        gemm_flops=1665e12,
+        attention_flops=1083e12,
+        copy_bytes=7.2e12,
+        nvlink_bytes=580e9,
+        measured=False,
+    ),
 }
 """By the value of `cluster.gpu`."""
 

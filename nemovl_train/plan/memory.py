@@ -10,9 +10,9 @@ from dataclasses import dataclass, fields
 
 from nemovl_train.config.schema import LanguageConfig, RunConfig
 from nemovl_train.model.chunks import FLOAT_LOGITS, TILES_AT_A_TIME, TILES_ENCODED_AGAIN, rows_at_a_time
-from nemovl_train.model.flops import count_parameters
 from nemovl_train.plan.load import Grid, PackLoad
 from nemovl_train.plan.policy import Policy, policy_of
+from nemovl_train.plan.trainable import trainable
 
 _TOWER_WIDTHS_KEPT = 16
 """Tower widths kept a token and block: norm in and out twice, q, k, v, attention out, and both sides of the GELU."""
@@ -75,14 +75,15 @@ def memory(config: RunConfig, grid: Grid, load: PackLoad, policy: Policy | None 
     width = 4 if config.precision.params == "fp32" else 2
     size, tokens = config.model.language, load.seq_length / grid.cp
     has_language = "language" in config.model.parts
-    trains = set(config.trainer.train)
+    trains = {part for part, row in trainable(config).items() if row.learns}
     needs_graph = "language" in trains or load.tiles > 0
+    # An adapter keeps its layer's input, as the layer itself does when it trains.
     kept, working = _language(size, grid, tokens, policy, frozen="language" not in trains)
     return Memory(
         **_states(config, grid, policy, width),
         activations=width * kept if has_language and needs_graph else 0.0,
         working=width * working if has_language else 0.0,
-        vision=width * _vision(config, grid, load, policy),
+        vision=width * _vision(config, grid, load, policy, trained="vision" in trains),
         logits=_logits(size, grid, load, policy, width) if has_language else 0.0,
         buffers=width * _WHOLE_COPIES * tokens * size.hidden_size,
     )
@@ -94,13 +95,13 @@ def _states(config: RunConfig, grid: Grid, policy: Policy, width: int) -> dict[s
     # A float32 weight is its own master.
     state_bytes = states.optimizer if width == 2 else 8
     weights = gradients = optimizer = 0.0
-    for part, count in count_parameters(config.model).items():
-        local = count / grid.tp if part == "language" else count
-        holders = grid.gpus / grid.tp if part == "language" else grid.gpus
-        weights += local * width
-        if part in config.trainer.train:
-            gradients += local * states.gradient
-            optimizer += local * state_bytes / (holders if config.optim.distributed else 1)
+    for part, row in trainable(config).items():
+        # Half of every adapter is whole on all TP ranks: too little to count.
+        share = grid.tp if part == "language" else 1
+        holders = grid.gpus / share
+        weights += row.held / share * width
+        gradients += row.trained / share * states.gradient
+        optimizer += row.trained / share * state_bytes / (holders if config.optim.distributed else 1)
     return {"weights": weights, "gradients": gradients, "optimizer": optimizer}
 
 
@@ -155,17 +156,17 @@ def _backward_peak(size: LanguageConfig) -> float:
     return max(mlp, 2 * projected + 6 * inner + states)
 
 
-def _vision(config: RunConfig, grid: Grid, load: PackLoad, policy: Policy) -> float:
+def _vision(config: RunConfig, grid: Grid, load: PackLoad, policy: Policy, *, trained: bool) -> float:
     """Numbers that tower and projector keep and use."""
     if not load.tiles:
         return 0.0
-    model, trains = config.model, set(config.trainer.train)
+    model = config.model
     tiles = load.dealt_tiles(grid.pack_ranks)
     tower = model.vision
     tokens = (tower.tile_size // tower.patch_size) ** 2 + tower.prefix_tokens
     kept, widths = 0.0, _TOWER_WIDTHS_LIVE
     at_once = min(tiles, TILES_AT_A_TIME)
-    if "vision" in trains:
+    if trained:
         own = policy.tower_recompute
         dropped = {"none": 0, "selective": _TOWER_WIDTHS_MADE_AGAIN, "full": _TOWER_WIDTHS_KEPT - 1}
         if own == "tiles":

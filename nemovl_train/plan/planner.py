@@ -10,13 +10,13 @@ from typing import Any
 from nemovl_train.config.schema import RunConfig
 from nemovl_train.config.validate import MOST_BF16_SUMS
 from nemovl_train.exceptions import ConfigError
-from nemovl_train.model.flops import count_parameters
 from nemovl_train.plan.hardware import GPU_TYPES, STORAGE_BYTES, Gpu
 from nemovl_train.plan.load import Grid, PackLoad, grid_of, heaviest, pack_of
 from nemovl_train.plan.memory import Memory, memory
 from nemovl_train.plan.policy import LEANER, Policy, leaner, policy_of
 from nemovl_train.plan.timing import StepTime, pack_flops, step_time
 from nemovl_train.plan.traffic import Flow, flows
+from nemovl_train.plan.trainable import trainable
 
 _CHECKPOINT_STATE_BYTES = 12
 """Master weight and moments of a trained parameter, float32 each."""
@@ -98,11 +98,12 @@ class Plan:
 
     @property
     def checkpoint_bytes(self) -> float:
-        """Of one checkpoint: weights of all parts, state of those that train."""
+        """Of one checkpoint: state of what trains, and all weights or, with adapters, those that train."""
         width = 4 if self.config.precision.params == "fp32" else 2
-        counts = count_parameters(self.config.model)
-        trained = sum(count for part, count in counts.items() if part in self.config.trainer.train)
-        return width * sum(counts.values()) + _CHECKPOINT_STATE_BYTES * trained
+        rows = trainable(self.config).values()
+        trained = sum(row.trained for row in rows)
+        saved = trained if self.config.adapter.rank else sum(row.own for row in rows)
+        return width * saved + _CHECKPOINT_STATE_BYTES * trained
 
     @property
     def checkpoint_seconds(self) -> float:
@@ -279,7 +280,7 @@ def _unmeasured(plan: Plan) -> Iterator[str]:
 def to_json(plan: Plan) -> dict[str, Any]:
     """The plan as plain values; bytes and seconds, no units to parse."""
     config, grid, load = plan.config, plan.grid, plan.load
-    counts = count_parameters(config.model)
+    rows = trainable(config)
     return {
         "run": f"{config.run.name}/{config.run.stage}",
         "cluster": {"name": config.cluster.name, "gpu": config.cluster.gpu, "gpus": grid.gpus, "nodes": grid.nodes},
@@ -291,9 +292,18 @@ def to_json(plan: Plan) -> dict[str, Any]:
             "packs_per_rank": plan.packs_per_rank,
         },
         "parameters": {
-            "total": sum(counts.values()),
-            "trained": sum(count for part, count in counts.items() if part in config.trainer.train),
-            "parts": {part: {"count": n, "trained": part in config.trainer.train} for part, n in counts.items()},
+            "total": sum(row.held for row in rows.values()),
+            "trained": sum(row.trained for row in rows.values()),
+            "parts": {
+                part: {
+                    "count": row.own,
+                    "trained": row.whole,
+                    "adapters": row.adapters,
+                    "adapted_layers": row.layers,
+                    "peak_rate": config.optim.lr * getattr(config.optim.lr_scale, part) if row.learns else None,
+                }
+                for part, row in rows.items()
+            },
         },
         "data": {
             "steps": config.trainer.steps,

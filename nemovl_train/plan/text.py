@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from nemovl_train.model.flops import count_parameters
 from nemovl_train.plan.calibration import compare
 from nemovl_train.plan.hardware import GIB
 from nemovl_train.plan.planner import Plan, node_scaling, packing_saves, warnings, would_fit
+from nemovl_train.plan.trainable import trainable, trainable_text
 
 _BAR = 40
 
@@ -99,11 +99,12 @@ def _head(plan: Plan) -> Iterator[str]:
         f"layout      {_layout(plan)}, {config.trainer.global_batch} packs a step, {plan.packs_per_rank} for each "
         "data parallel rank"
     )
-    counts = count_parameters(config.model)
-    parts = [
-        f"{part} {_count(n)} {'trained' if part in config.trainer.train else 'frozen'}" for part, n in counts.items()
-    ]
-    yield f"parameters  {_count(sum(counts.values()))}: {', '.join(parts)}"
+    rows = trainable(config)
+    parts = [f"{part} {_count(row.own)} {'trained' if row.whole else 'frozen'}" for part, row in rows.items()]
+    yield f"parameters  {_count(sum(row.own for row in rows.values()))}: {', '.join(parts)}"
+    if config.adapter.rank:
+        yield f"adapters    {_count(sum(row.adapters for row in rows.values()))} of rank {config.adapter.rank}"
+        yield trainable_text(config)
     yield (
         f"data        {config.trainer.steps:,} steps of {_count(plan.tokens_per_step)} tokens = "
         f"{_count(plan.tokens_per_step * config.trainer.steps)}, {load.fill:.1%} of it samples"

@@ -6,11 +6,12 @@ The constants below come from one profile (case `tp4_16k` of calibration.py); th
 from dataclasses import dataclass, fields
 
 from nemovl_train.config.schema import RunConfig
-from nemovl_train.model.flops import PackFlops, count_parameters, training_flops
+from nemovl_train.model.flops import PackFlops, training_flops
 from nemovl_train.plan.hardware import GPU_TYPES, Gpu
 from nemovl_train.plan.load import Grid, PackLoad
 from nemovl_train.plan.policy import Policy, policy_of
 from nemovl_train.plan.traffic import flows
+from nemovl_train.plan.trainable import trainable
 
 # Seconds on the profiled GPU; device memory bounds these kernels, so they scale with its copy rate.
 _MIXER = 0.82e-6 / 10240
@@ -114,6 +115,7 @@ def pack_flops(config: RunConfig, load: PackLoad, policy: Policy | None = None, 
         num_tiles=load.tiles,
         head_tokens=load.seq_length if policy and policy.head_everywhere else load.head_tokens,
         train=config.trainer.train,
+        adapted=[part for part, row in trainable(config).items() if row.adapters],
     )
 
 
@@ -136,7 +138,9 @@ def _kernels(
     mamba_channels = size.hybrid_pattern.count("M") * size.mamba_inner_size
     share = load.dealt_tiles(grid.pack_ranks) / load.tiles if load.tiles else 0.0
     tower = work.vision * (
-        4 / 3 if policy.tower_recompute in ("full", "tiles") and "vision" in config.trainer.train else 1
+        4 / 3
+        if load.tiles and policy.tower_recompute in ("full", "tiles") and trainable(config)["vision"].learns
+        else 1
     )
     return {
         "matrices": (layers * recompute + head) / grid.pack_ranks / gpu.gemm_flops,
@@ -149,8 +153,7 @@ def _kernels(
 
 def _update(config: RunConfig, grid: Grid) -> float:
     held = 0.0
-    for part, count in count_parameters(config.model).items():
-        if part in config.trainer.train:
-            local, holders = (count / grid.tp, grid.gpus / grid.tp) if part == "language" else (count, grid.gpus)
-            held += local / (holders if config.optim.distributed else 1)
+    for part, row in trainable(config).items():
+        share = grid.tp if part == "language" else 1
+        held += row.trained / share / (grid.gpus / share if config.optim.distributed else 1)
     return held * _UPDATE

@@ -6,10 +6,10 @@ A collective over r ranks moves (r - 1) / r of its tensor past each of them.
 from dataclasses import dataclass
 
 from nemovl_train.config.schema import RunConfig
-from nemovl_train.model.flops import count_parameters
 from nemovl_train.plan.hardware import NETWORK_BYTES, Gpu
 from nemovl_train.plan.load import Grid, PackLoad
 from nemovl_train.plan.policy import Policy
+from nemovl_train.plan.trainable import trainable
 
 NVLINK, NETWORK = "nvlink", "network"
 _COLLECTIVES_SP = 5
@@ -56,7 +56,7 @@ def flows(config: RunConfig, grid: Grid, load: PackLoad, policy: Policy, gpu: Gp
             _flow("context parallel", _context(config, grid, tokens, width, packs), grid, gpu, grid.tp, grid.cp),
             _flow("features", packs * _features(config, grid, load, width), grid, gpu, 1, grid.pack_ranks),
         ]
-    trained = {part: count for part, count in count_parameters(config.model).items() if part in config.trainer.train}
+    trained = {part: row.trained for part, row in trainable(config).items() if row.learns}
     language, rest = trained.pop("language", 0) / grid.tp, sum(trained.values())
     # Numbers that are equal on some ranks, the distance between those ranks, and how many they are.
     sides = {"language": (language, grid.tp, grid.gpus // grid.tp), " and ".join(trained): (rest, 1, grid.gpus)}
@@ -101,7 +101,8 @@ def _context(config: RunConfig, grid: Grid, tokens: float, width: int, packs: in
 def _features(config: RunConfig, grid: Grid, load: PackLoad, width: int) -> float:
     """Of one pack; no more than this, since a rank keeps the features of its own tokens."""
     holders = 1 if grid.sequence_parallel else grid.tp
-    both_ways = 2 if {"vision", "projector"} & set(config.trainer.train) else 1
+    rows = trainable(config)
+    both_ways = 2 if any(rows[part].learns for part in ("vision", "projector") if part in rows) else 1
     made = load.tiles * config.model.tokens_per_tile / grid.pack_ranks
     others = (grid.pack_ranks - 1) / grid.pack_ranks
     return both_ways * made * holders * config.model.language.hidden_size * width * others

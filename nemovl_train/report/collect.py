@@ -36,6 +36,7 @@ class Stage:
         parent: Checkpoint whose weights it started from.
         rows: Lines of `metrics.jsonl`.
         events: Lines of `events.jsonl`.
+        validations: Lines of `validation.jsonl`, the held-out loss while training.
         evaluation: `evaluation.json`, empty when missing.
         predictions: `predictions.json`, empty when missing.
         config: `config.yaml`, empty when missing.
@@ -50,6 +51,7 @@ class Stage:
     parent: str
     rows: list[dict[str, Any]]
     events: list[dict[str, Any]]
+    validations: list[dict[str, Any]]
     evaluation: dict[str, Any]
     predictions: list[dict[str, Any]]
     config: dict[str, Any]
@@ -91,6 +93,7 @@ class Run:
         parts: Trainings below `parts/`, the pretrained parts that a toy schedule makes first.
         environment: `environment.json`, empty when missing.
         verification: `hf/verification.json`, empty when missing.
+        evaluations: What `nemovl eval --report` left in `evaluations/`, by label.
         problems: Files that are there but cannot be read, one sentence each.
     """
 
@@ -99,6 +102,7 @@ class Run:
     parts: list[Stage]
     environment: dict[str, Any]
     verification: dict[str, Any]
+    evaluations: dict[str, dict[str, Any]]
     problems: list[str]
 
 
@@ -183,6 +187,7 @@ def read_run(folder: Path) -> Run:
         parts=parts,
         environment=reader.json(folder / "environment.json", dict),
         verification=reader.json(folder / "hf" / "verification.json", dict),
+        evaluations={path.stem: reader.json(path, dict) for path in sorted((folder / "evaluations").glob("*.json"))},
         problems=reader.problems,
     )
 
@@ -191,7 +196,7 @@ def _read_single_stage(folder: Path) -> Run:
     reader = Reader(folder.parent)
     stage = _read_stage(reader, folder, {})
     environment = reader.json(folder.parent / "environment.json", dict)
-    return Run(folder, [stage], [], environment, {}, reader.problems)
+    return Run(folder, [stage], [], environment, {}, {}, reader.problems)
 
 
 def _is_entry(entry: Any) -> bool:
@@ -212,6 +217,7 @@ def _read_stage(reader: Reader, folder: Path, entry: dict[str, Any]) -> Stage:
         parent=str(entry.get("parent") or (parents[-1] if parents else "")),
         rows=rows,
         events=events,
+        validations=reader.lines(folder / "validation.jsonl"),
         evaluation=reader.json(folder / "evaluation.json", dict),
         predictions=[p for p in predictions if isinstance(p, dict)],
         config=reader.yaml(folder / "config.yaml"),

@@ -10,6 +10,7 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from nemovl_train.report.charts import Line, line_chart
 from nemovl_train.report.collect import RUNNING, Run, Stage, read_run
 from nemovl_train.report.predictions import collect_cards
 from nemovl_train.report.summary import StageSummary, summarise_run, summarise_stage
-from nemovl_train.report.tables import config_lines, evaluation_rows, event_rows
+from nemovl_train.report.tables import config_lines, evaluation_rows, event_rows, exported_rows
 
 FILE_NAME = "report.html"
 
@@ -80,6 +81,7 @@ def render(run: Run, *, now: float, command: str) -> str:
         charts=_charts(run.stages, summaries),
         evaluated=evaluated,
         evaluation=evaluation_rows([stage for _, stage in evaluated]),
+        exported=[(label, found, exported_rows(found)) for label, found in run.evaluations.items()],
         cards=collect_cards(run.stages),
         answering=[(hue, stage) for hue, stage in enumerate(run.stages) if stage.predictions],
         configs=_configs(run.stages),
@@ -118,8 +120,14 @@ def _charts(stages: Sequence[Stage], summaries: Sequence[StageSummary]) -> dict[
     def lines(key: str) -> list[Line]:
         return _lines(stages, summaries, key)
 
+    validated = [replace(stage, rows=stage.validations) for stage in stages]
     return {
         "loss": _losses(stages, summaries, log=False),
+        "validation": (
+            line_chart(_lines(validated, summaries, "loss"), title="Held-out loss while training", averaged=False)
+            if any(stage.validations for stage in stages)
+            else Markup()
+        ),
         "loss_log": _losses(stages, summaries, log=True),
         "lr": line_chart(lines("lr"), title="Learning rate", bounds=(0.0, None), averaged=False),
         "grad_norm": line_chart(lines("grad_norm"), title="Gradient norm (log)", log=True),

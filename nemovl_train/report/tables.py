@@ -85,6 +85,33 @@ def _evaluation_row(source: str, results: Sequence[Mapping[str, Any]]) -> Evalua
     return EvaluationRow(source, exact, cells)
 
 
+def exported_rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What `nemovl eval` found for one exported model: a row a set, its groups beneath, scores in percent."""
+    rows = []
+    sources = evaluation.get("sources")
+    for name, result in sources.items() if isinstance(sources, dict) else ():
+        if not isinstance(result, dict):
+            continue
+        rows.append(_exported_row(str(name), result.get("metrics"), result))
+        groups = result.get("groups")
+        for group, found in groups.items() if isinstance(groups, dict) else ():
+            if isinstance(found, dict):
+                scores = {key: value for key, value in found.items() if key != "samples"}
+                rows.append(_exported_row(f"{name}: {group}", scores, {"samples": found.get("samples")}))
+    return rows
+
+
+def _exported_row(name: str, scores: Any, result: Mapping[str, Any]) -> dict[str, Any]:
+    row: dict[str, Any] = {"set": name, "samples": result.get("samples")}
+    if result.get("left_out"):
+        row["left out"] = result["left_out"]
+    for metric, value in scores.items() if isinstance(scores, dict) else ():
+        row[str(metric)] = f"{100 * number(value):.1f}%" if math.isfinite(number(value)) else "-"
+    if math.isfinite(number(result.get("loss"))):
+        row["loss"] = number(result["loss"])
+    return row
+
+
 @dataclass(frozen=True)
 class ConfigLine:
     """A line of a config.

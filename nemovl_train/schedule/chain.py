@@ -91,13 +91,29 @@ def _stage(config: RunConfig, entry: StageEntry, ledger: Ledger, root: Path) -> 
     folder = StageFolder.of(config)
     assert config.trainer.init_from is not None
     parent = str(Path(config.trainer.init_from).relative_to(root))
+    seal = _seal(Path(config.trainer.init_from))
+    # A finished stage needs no parent: its checkpoint may have gone to make room.
+    if seal and entry.parent_seal not in (None, seal) and (folder.path / "config.yaml").is_file():
+        raise ConfigError(
+            [
+                f"{folder.path} started from other weights than {root / parent} holds now: it was made again since; "
+                f"remove {folder.path} and what was made from it, or choose another run.name"
+            ]
+        )
     if not folder.is_done():
-        ledger.update(entry, state=RUNNING, parent=parent, checkpoint=None)
+        ledger.update(entry, state=RUNNING, parent=parent, parent_seal=seal, checkpoint=None)
         log.info("stage %s: from %s", entry.name, parent)
     code = trainer.run(config)
     if code == ExitCode.OK:
-        ledger.update(entry, state=DONE, parent=parent, checkpoint=str(folder.last_checkpoint.relative_to(root)))
+        ledger.update(entry, state=DONE, parent=parent, parent_seal=seal or entry.parent_seal)
+        ledger.update(entry, checkpoint=str(folder.last_checkpoint.relative_to(root)))
     return code
+
+
+def _seal(checkpoint: Path) -> str | None:
+    """What identifies a checkpoint's content: the hash of its list of hashes; None when it is not there."""
+    marker = checkpoint / "COMPLETE"
+    return marker.read_text(encoding="utf-8").strip() if marker.is_file() else None
 
 
 def _publish(root: Path, checkpoint: Path, ledger: Ledger) -> ExitCode:
@@ -107,8 +123,7 @@ def _publish(root: Path, checkpoint: Path, ledger: Ledger) -> ExitCode:
     from nemovl_train.report.html import write_report
 
     out = root / EXPORT
-    seal = (checkpoint / "COMPLETE").read_text(encoding="utf-8").strip()
-    source = {"checkpoint": str(checkpoint.relative_to(root)), "integrity": seal}
+    source = {"checkpoint": str(checkpoint.relative_to(root)), "integrity": _seal(checkpoint) or ""}
     if ledger.exported != source or not out.exists():
         # Replaces the export of a checkpoint that is no longer the chain's last; its verification goes with it.
         export_checkpoint(checkpoint, out, overwrite=True)

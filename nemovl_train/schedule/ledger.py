@@ -24,6 +24,7 @@ class StageEntry:
         state: `pending`, `running` or `done`.
         parent: Checkpoint whose weights it started from, relative to the run folder.
         checkpoint: Its last checkpoint, relative to the run folder; None until it is done.
+        parent_seal: Hash that seals the parent; None in records that are older than this field.
     """
 
     name: str
@@ -31,6 +32,7 @@ class StageEntry:
     state: str = PENDING
     parent: str | None = None
     checkpoint: str | None = None
+    parent_seal: str | None = None
 
 
 @dataclass

@@ -84,7 +84,7 @@ def _join(config: ScheduleConfig, language: Path, vision: Path, out: Path) -> No
         out,
         dtype=torch.float32,
         origin={"source": f"{language.name} + {vision.name}"},
-        may_lack=("projector.",),
+        may_lack=("projector",),
         seed=config.seed,
     )
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,6 +35,8 @@ from nemovl_train.model.vlm import NemotronVL
 from nemovl_train.parallel.layout import Layout
 from nemovl_train.training.deepspeed_float32 import Float32Parameters
 from nemovl_train.training.deepspeed_state import WholeWeights, ZeroState
+from nemovl_train.training.micro_batches import StepDroppedError
+from nemovl_train.training.telemetry import Telemetry
 
 LARGEST_BUCKET = 200_000_000
 """Most elements that DeepSpeed reduces or gathers at a time."""
@@ -76,6 +78,7 @@ class DeepSpeedEngine:
         self.state = ZeroState(self.zero, self.stage, names, layout)
         self._gather_head_with_its_model()
         self._reject = False
+        self._largest_norm = self._norm = math.inf
         self._join_norms()
         if self.stage == 3 or any(p.requires_grad for p in _tower_and_projector(model)):
             model.blank_tiles = self._blank_tiles
@@ -84,31 +87,50 @@ class DeepSpeedEngine:
     def zero_grad(self) -> None:
         """Let DeepSpeed drop gradients that it holds, by its own way of skipping a step."""
         if self._gradients_waiting:
+            self.engine.set_gradient_accumulation_boundary(True)  # a step that was dropped never came to its last pack
             self._reject = True
             self._step()
             self._reject = False
 
-    def forward_backward(self, packs: Sequence[Pack], scales: Sequence[float]) -> torch.Tensor:
-        """See `Engine.forward_backward`. A pack goes to the device when its turn comes."""
+    def forward_backward(
+        self,
+        packs: Sequence[Pack],
+        scales: Sequence[float],
+        *,
+        telemetry: Telemetry | None = None,
+        between: Callable[[], bool] = lambda: False,
+    ) -> torch.Tensor:
+        """See `Engine.forward_backward`. A pack goes to the device when its turn comes.
+
+        DeepSpeed adds gradients up as they come, so what telemetry takes for this rank's own time has waiting in it.
+        """
         total = torch.zeros((), device=self.layout.device)
         self._gradients_waiting = True
         for number, (pack, scale) in enumerate(zip(packs, scales, strict=True), start=1):
+            if number > 1 and between():
+                raise StepDroppedError
             self.engine.set_gradient_accumulation_boundary(number == len(packs))
             batch = PackBatch.from_pack(pack, self.layout).scaled(scale)
-            loss = (self.engine(batch) * batch.loss_weight).sum()
+            token_loss_L = self.engine(batch)
+            loss = (token_loss_L * batch.loss_weight).sum()
+            if telemetry is not None:
+                telemetry.saw(batch, token_loss_L)
             self.engine.backward(loss * self.layout.dp, scale_wrt_gas=False)
             total += loss.detach()
+        if telemetry is not None:
+            telemetry.ready()
         return total
 
-    def step(self, lr: float) -> float | None:
+    def step(self, lr: float, *, largest_norm: float = math.inf) -> float | None:
         """See `Engine.step`; DeepSpeed clips and skips by the norm that `_join_norms` gives it."""
         for group in self.zero.optimizer.param_groups:
             group["lr"] = lr
         self.float32.sum_gradients()
+        self._largest_norm, self._norm = largest_norm, math.inf
         self._step()
-        norm = float(self.zero._global_grad_norm)
         if self.zero.overflow:
-            return math.inf
+            return self._norm
+        norm = float(self.zero._global_grad_norm)
         self.state.steps += 1
         self.float32.step(lr, scale=min(1.0, self.clip_grad / (norm + 1e-6)))
         return norm
@@ -153,19 +175,25 @@ class DeepSpeedEngine:
         self._gradients_waiting = False
 
     def _join_norms(self) -> None:
-        """Have DeepSpeed count the float32 parameters in its norm; an infinite one makes it skip the step."""
+        """Have DeepSpeed count the float32 parameters in its norm; an infinite one makes it skip the step.
+
+        So does one that is too large. DeepSpeed forgets the norm of a step that it skips: `_norm` keeps it.
+        """
+        from deepspeed.runtime.utils import combine_grad_norm_groups
+
         name = "_get_norm_groups" if self.stage == 3 else "scaled_global_norm"
         own = getattr(self.zero, name)
 
         def rejected_or_joined(*_: Any, **__: Any) -> Any:
-            found = own()
-            groups = [*found] if self.stage == 3 else [found]
-            groups += [torch.full_like(groups[0], math.inf if self._reject else self.float32.norm())]
-            if self.stage == 3:
-                return groups
-            from deepspeed.runtime.utils import combine_grad_norm_groups
-
-            return combine_grad_norm_groups(groups)
+            groups = [torch.full((), math.inf, device=self.layout.device)]
+            if not self._reject:  # a dropped step need not have all gradients that a norm is made of
+                found = own()
+                groups = [*found] if self.stage == 3 else [found]
+                groups += [torch.full_like(groups[0], self.float32.norm())]
+                self._norm = float(combine_grad_norm_groups(groups))
+                if self._norm > self._largest_norm:
+                    groups += [torch.full_like(groups[0], math.inf)]
+            return groups if self.stage == 3 else combine_grad_norm_groups(groups)
 
         setattr(self.zero, name, rejected_or_joined)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -11,17 +12,19 @@ import torch
 from data_pipelines.schema import Pack
 from nemovl_train.checkpoint.sealed import ShardedModel
 from nemovl_train.config.schema import RunConfig
+from nemovl_train.model.adapters import TrainedWeights
 from nemovl_train.model.backend import DTYPES
 from nemovl_train.model.vlm import NemotronVL
 from nemovl_train.parallel.layout import Layout
 from nemovl_train.training.optimizer import Optimizers
+from nemovl_train.training.telemetry import Telemetry
 
 
 class Engine(Protocol):
     """A model with its gradients and its AdamW. Every method is collective.
 
     Attributes:
-        weights: The weights as a checkpoint saves and fills them.
+        weights: The weights as a checkpoint saves and fills them; with adapters those that train alone.
     """
 
     @property
@@ -31,19 +34,35 @@ class Engine(Protocol):
     def zero_grad(self) -> None:
         """Forget gradients that no `step` took."""
 
-    def forward_backward(self, packs: Sequence[Pack], scales: Sequence[float]) -> torch.Tensor:
+    def forward_backward(
+        self,
+        packs: Sequence[Pack],
+        scales: Sequence[float],
+        *,
+        telemetry: Telemetry | None = None,
+        between: Callable[[], bool] = lambda: False,
+    ) -> torch.Tensor:
         """Sum gradients over packs and ranks.
 
         Args:
             packs: This rank's packs of the step, equally many on every rank.
             scales: Factor on each pack's loss weights; with it the sum over all ranks is the step's loss.
+            telemetry: Hears of every pack's losses, and when this rank has done its part.
+            between: Asked between two micro-batches, with one answer on all ranks; True drops the step.
 
         Returns:
             Sum of the scaled losses of this rank's tokens, float32 scalar on the device.
+
+        Raises:
+            StepDroppedError: `between` said so. `zero_grad` comes before the next step.
         """
 
-    def step(self, lr: float) -> float | None:
-        """Clip and update, or change nothing when the gradient norm is not finite.
+    def step(self, lr: float, *, largest_norm: float = math.inf) -> float | None:
+        """Clip and update, or change nothing when the gradient norm is not finite or too large.
+
+        Args:
+            lr: Learning rate of this update.
+            largest_norm: Above it nothing changes.
 
         Returns:
             Gradient norm before clipping, over all ranks; None when nothing trains.
@@ -81,4 +100,5 @@ def open_engine(model: NemotronVL, layout: Layout, config: RunConfig) -> Engine:
         from nemovl_train.training.deepspeed_engine import DeepSpeedEngine
 
         return DeepSpeedEngine(model, layout, config)
-    return Optimizers(model, layout, config.optim, DTYPES[config.precision.params])
+    weights = TrainedWeights(model) if config.adapter.rank else None
+    return Optimizers(model, layout, config.optim, DTYPES[config.precision.params], weights)

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import fcntl
+import json
 import logging
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from nemovl_train.checkpoint import sealed
 from nemovl_train.checkpoint.files import explain_disk_errors, replace_text
-from nemovl_train.config.dump import config_diff, config_hash, dump_yaml, load_yaml
+from nemovl_train.config.dump import Change, config_diff, config_hash, dump_yaml, load_yaml
 from nemovl_train.config.schema import RunConfig
 from nemovl_train.exceptions import CheckpointError, ConfigError
 from nemovl_train.parallel.agree import on_first_rank
+from nemovl_train.training.lock import FolderLock
+from nemovl_train.training.validation import stopped_at
 
 log = logging.getLogger(__name__)
+
+_RUN_FILE = "run.json"
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,7 @@ class StageFolder:
     path: Path
     config: RunConfig
     _held: ExitStack = field(default_factory=ExitStack, init=False, repr=False, compare=False)
+    _identity: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def of(cls, config: RunConfig) -> StageFolder:
@@ -38,9 +44,14 @@ class StageFolder:
 
     @property
     def run_id(self) -> str:
-        """Identity that the stage's checkpoints carry."""
+        """Identity that the stage's checkpoints carry: that of its first start, also when later ones change options."""
         run = self.config.run
-        return f"{run.name}/{run.stage}/{config_hash(self.config)[:12]}"
+        return self._identity.get("run_id") or f"{run.name}/{run.stage}/{config_hash(self.config)[:12]}"
+
+    @property
+    def recognised(self) -> bool:
+        """Whether the folder's config was there and is this one, apart from what `checkpoint.accept_changes` allows."""
+        return bool(self._identity)
 
     @property
     def checkpoints(self) -> Path:
@@ -49,8 +60,9 @@ class StageFolder:
 
     @property
     def last_checkpoint(self) -> Path:
-        """The checkpoint that a finished stage has."""
-        return sealed.step_folder(self.checkpoints, self.config.trainer.steps)
+        """The checkpoint that a finished stage has: of its last step, or of the one at which it ended early."""
+        ended = stopped_at(self.path)
+        return sealed.step_folder(self.checkpoints, self.config.trainer.steps if ended is None else ended)
 
     def claim(self) -> None:
         """Create the folder, or recognise it as this run's and tidy it. Collective.
@@ -61,7 +73,7 @@ class StageFolder:
             ConfigError: Another recipe, or this one with other options that decide the result, lives here.
             CheckpointError: The folder cannot be written, or another process uses it.
         """
-        on_first_rank(self._claim)
+        self._identity.update(on_first_rank(self._claim))
 
     def release(self) -> None:
         """Let another process claim the folder. Each rank for itself; without a claim nothing happens."""
@@ -72,65 +84,77 @@ class StageFolder:
         evaluated = (self.path / "evaluation.json").is_file() or not self.config.evaluation.sources
         return evaluated and (self.last_checkpoint / "COMPLETE").is_file()
 
-    def newest_checkpoint(self) -> Path | None:
-        """Where to continue; every rank gets the one that rank 0 verified. Collective."""
-        return on_first_rank(lambda: sealed.latest(self.checkpoints, run_id=self.run_id))
+    def newest_checkpoint(self) -> sealed.Verified | None:
+        """Where to continue; every rank gets the same. Collective."""
+        return sealed.newest(self.checkpoints, run_id=self.run_id)
 
-    def _claim(self) -> None:
+    def _claim(self) -> dict[str, str]:
         with explain_disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock()
+            self._held.callback(FolderLock(self.path).release)
         _probe(self.path)
         written = self.path / "config.yaml"
         # A start that failed before its first step (a misspelt path, say) left nothing worth protecting.
         started = (self.path / "metrics.jsonl").is_file() or bool(sealed.published(self.checkpoints))
+        identity: dict[str, str] = {}
         if started and written.is_file():
-            _refuse_other_run(self.path, self.config)
+            for change in _refuse_other_run(self.path, self.config):
+                log.warning("%s: continuing with another option, as allowed: %s", self.path, change)
+            identity["run_id"] = self._first_run_id()
+        if not identity:
+            replace_text(self.path / _RUN_FILE, json.dumps({"run_id": self.run_id}))
         replace_text(written, dump_yaml(self.config))
         sealed.clean(self.checkpoints)
+        return identity
 
-    def _lock(self) -> None:
-        """Keep other processes out: two of them would remove each other's half-written checkpoints.
-
-        The file stays when the lock goes: removing it could take the lock away from a process that opened it already.
-        """
-        file = self._held.enter_context((self.path / ".lock").open("a"))
+    def _first_run_id(self) -> str:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise CheckpointError(
-                f"{self.path} is in use by another process: wait until it ends, or stop it; then run the same command "
-                "again"
-            ) from error
-        except OSError as error:
-            # Some shared file systems have no locks.
-            log.warning("%s cannot be locked (%s): start no second run in it", self.path, error.strerror)
+            return str(json.loads((self.path / _RUN_FILE).read_text(encoding="utf-8"))["run_id"])
+        except (OSError, ValueError, KeyError):
+            return self.run_id
 
 
-def resolve_checkpoint(path: Path) -> Path:
-    """A checkpoint folder from itself, a `checkpoints` folder, or a stage folder.
+def resolve_checkpoint(path: Path) -> Path | sealed.Verified:
+    """A checkpoint from its folder, a `checkpoints` folder, or a stage folder. Collective.
+
+    Returns:
+        The path itself where it is a checkpoint, not yet verified; else the newest good one below.
 
     Raises:
         CheckpointError: Nothing loadable is there.
     """
-    if (path / "integrity.json").is_file():
+    if on_first_rank(lambda: (path / "integrity.json").is_file()):
         return path
     for root in (path / "checkpoints", path):
-        found = sealed.latest(root)
+        found = sealed.newest(root)
         if found is not None:
             return found
     raise CheckpointError(f"{path}: no complete checkpoint here (trainer.init_from takes a stage or checkpoint folder)")
 
 
-def _refuse_other_run(path: Path, config: RunConfig) -> None:
+def _refuse_other_run(path: Path, config: RunConfig) -> list[Change]:
+    """Options that decide the result and differ from those that the folder's run has.
+
+    Raises:
+        ConfigError: Some of them are not accepted.
+    """
+    accepted = config.checkpoint.accept_changes
     changes = config_diff(load_yaml(RunConfig, path / "config.yaml"), config)
-    if changes:
+    refused = [
+        change
+        for change in changes
+        if not any(fnmatchcase(change.key, key) or change.key.startswith(f"{key}.") for key in accepted)
+    ]
+    if refused:
+        keys = ",".join(change.key for change in refused)
         raise ConfigError(
             [
-                f"{path} holds another run: {change}; choose another run.stage, or remove the folder to start it again"
-                for change in changes
+                *(f"{path} holds another run: {change}" for change in refused),
+                f"choose another run.stage, or remove the folder to start it again; to continue it with other options "
+                f"all the same: 'checkpoint.accept_changes=[{keys}]'",
             ]
         )
+    return changes
 
 
 def _probe(path: Path) -> None:

@@ -10,6 +10,7 @@ from data_pipelines.schema import Pack
 from nemovl_train.model.batch import PackBatch
 from nemovl_train.model.vlm import NemotronVL
 from nemovl_train.parallel.layout import Layout
+from nemovl_train.training.telemetry import Telemetry
 
 # isort: split
 # The layout module makes megatron-core importable without CUDA, so it comes first.
@@ -19,7 +20,19 @@ from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipeli
 LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
 
 
-def forward_backward(model: NemotronVL, packs: Sequence[Pack], scales: Sequence[float], layout: Layout) -> torch.Tensor:
+class StepDroppedError(Exception):
+    """A step was given up between two of its micro-batches: all ranks were asked to stop. No weight has changed."""
+
+
+def forward_backward(
+    model: NemotronVL,
+    packs: Sequence[Pack],
+    scales: Sequence[float],
+    layout: Layout,
+    *,
+    telemetry: Telemetry | None = None,
+    between: Callable[[], bool] = lambda: False,
+) -> torch.Tensor:
     """Run every pack as a micro-batch through megatron-core's schedule.
 
     A pack goes to the device when its turn comes: the tiles of a whole step would be gigabytes.
@@ -29,23 +42,36 @@ def forward_backward(model: NemotronVL, packs: Sequence[Pack], scales: Sequence[
         packs: This rank's packs of the step.
         scales: Factor on each pack's loss weights.
         layout: Owner of the process groups.
+        telemetry: Hears of every pack's losses.
+        between: Asked between two micro-batches, with one answer on all ranks; True drops the step.
 
     Returns:
         Sum of the scaled losses of this rank's tokens, float32 scalar on the device.
+
+    Raises:
+        StepDroppedError: `between` said so.
     """
+
+    def batches() -> Iterator[PackBatch]:
+        for number, (pack, scale) in enumerate(zip(packs, scales, strict=True)):
+            if number and between():
+                raise StepDroppedError
+            yield PackBatch.from_pack(pack, layout).scaled(scale)
 
     def forward_step(iterator: Iterator[PackBatch], stage: NemotronVL) -> tuple[torch.Tensor, LossFunction]:
         batch = next(iterator)
 
         def weighted_sum(token_loss_L: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
             loss = (token_loss_L * batch.loss_weight).sum()
+            if telemetry is not None:
+                telemetry.saw(batch, token_loss_L)
             return loss, torch.ones((), dtype=torch.int, device=loss.device), {"loss": loss.detach()}
 
         return stage(batch), weighted_sum
 
     outputs = forward_backward_no_pipelining(
         forward_step_func=forward_step,
-        data_iterator=(PackBatch.from_pack(p, layout).scaled(s) for p, s in zip(packs, scales, strict=True)),
+        data_iterator=batches(),
         model=[model],
         num_microbatches=len(packs),
         seq_length=len(layout.context_tokens(len(packs[0].input_ids))),

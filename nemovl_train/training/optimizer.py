@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,11 +20,14 @@ import torch
 from torch import nn
 
 from data_pipelines.schema import Pack
-from nemovl_train.config.schema import OptimConfig
+from nemovl_train.checkpoint.sealed import ShardedModel
+from nemovl_train.config.schema import OptimConfig, PartScales
 from nemovl_train.exceptions import UserError
 from nemovl_train.model.vlm import NemotronVL
 from nemovl_train.parallel.layout import Layout
 from nemovl_train.training.micro_batches import forward_backward
+from nemovl_train.training.optimizer_state import load_state, sharded_state
+from nemovl_train.training.telemetry import Telemetry
 
 # isort: split
 # The layout module makes megatron-core importable without CUDA, so it comes first.
@@ -37,10 +41,9 @@ from megatron.core.optimizer import (
     get_standard_config_overrides,
 )
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32, get_grad_norm_fp32
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
-
-SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
 @dataclass
@@ -56,21 +59,30 @@ class Side:
 class Optimizers:
     """megatron-core's engine: gradient reduction, clipping and AdamW over every side that trains.
 
-    The model gets its `no_sync_func` and `finalize_model_grads_func`, which megatron-core's schedule calls.
+    The model's config gets the `no_sync_func` and `finalize_model_grads_func` that megatron-core's schedule calls.
 
     Args:
         model: Model whose frozen parameters already have `requires_grad=False`.
         layout: Owner of the process groups.
         optim: Optimizer options.
         params_dtype: Dtype of the weights.
+        weights: What checkpoints hold of the model; all of it by default.
     """
 
-    def __init__(self, model: NemotronVL, layout: Layout, optim: OptimConfig, params_dtype: torch.dtype) -> None:
-        self.weights, self.layout = model, layout
+    def __init__(
+        self,
+        model: NemotronVL,
+        layout: Layout,
+        optim: OptimConfig,
+        params_dtype: torch.dtype,
+        weights: ShardedModel | None = None,
+    ) -> None:
+        self.model, self.layout = model, layout
+        self.weights: ShardedModel = model if weights is None else weights
         self.optim = optim
         self.config = _optimizer_config(optim, params_dtype)
         self.sides: list[Side] = []
-        for name, module, groups in _sides(model, layout):
+        for name, module, groups in parts_of(model, layout):
             if any(p.requires_grad for p in module.parameters()):
                 ddp = DistributedDataParallel(
                     model.config,
@@ -83,18 +95,36 @@ class Optimizers:
                 optimizer = get_megatron_optimizer(
                     self.config,
                     [ddp],
-                    config_overrides=_parameter_groups(self.config),
+                    config_overrides=_parameter_groups(self.config, optim.lr_scale),
                     use_gloo_process_groups=False,
                     pg_collection=groups,
                 )
                 self.sides.append(Side(name, ddp, optimizer, groups))
         self.chained = ChainedOptimizer([side.optimizer for side in self.sides])
-        model.config.no_sync_func = self.no_sync
-        model.config.finalize_model_grads_func = self.reduce_gradients
+        self._telemetry: Telemetry | None = None
+        self._attach()
 
-    def forward_backward(self, packs: Sequence[Pack], scales: Sequence[float]) -> torch.Tensor:
-        """Micro-batch by micro-batch; gradients land in the DDP buffers, reduced after the last."""
-        return forward_backward(self.weights, packs, scales, self.layout)
+    def _attach(self) -> None:
+        """Tell the model's config what to call, without keeping this object alive.
+
+        Autograd holds the hooks of megatron-core's DDP, and they hold the config, in C++ where Python's collector does
+        not see a cycle: with a reference from there, model, buffers and optimizer would never be freed.
+        """
+        config, own = self.model.config, weakref.ref(self)
+        config.no_sync_func = lambda: _alive(own).no_sync()
+        config.finalize_model_grads_func = lambda *args, **kwargs: _alive(own).reduce_gradients(*args, **kwargs)
+
+    def forward_backward(
+        self,
+        packs: Sequence[Pack],
+        scales: Sequence[float],
+        *,
+        telemetry: Telemetry | None = None,
+        between: Callable[[], bool] = lambda: False,
+    ) -> torch.Tensor:
+        """Micro-batch by micro-batch; gradients land in the DDP buffers and are reduced after the last."""
+        self._telemetry = telemetry
+        return forward_backward(self.model, packs, scales, self.layout, telemetry=telemetry, between=between)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -116,26 +146,30 @@ class Optimizers:
         The signature takes whatever megatron-core's schedule passes: its token count is ignored on purpose, since
         the loss weights were divided before the step (the count is an integer there and clamped to 1).
         """
+        if self._telemetry is not None:
+            self._telemetry.ready()
         for side in self.sides:
             finalize_model_grads([side.ddp], None, pg_collection=side.groups)
 
-    def step(self, lr: float) -> float | None:
-        """Clip jointly and update, or change nothing when the gradient norm is not finite.
+    def step(self, lr: float, *, largest_norm: float = math.inf) -> float | None:
+        """Clip jointly and update, or change nothing when the gradient norm is not finite or too large.
 
         Args:
-            lr: Learning rate of this update.
+            lr: Learning rate of this update; `optim.lr_scale` says what each part makes of it.
+            largest_norm: Above it nothing changes.
 
         Returns:
             Gradient norm before clipping, over all sides and ranks; None when nothing trains.
         """
         if not self.sides:
             return None
-        for group in self.chained.param_groups:
-            group["lr"] = lr
-            group["weight_decay"] = self.optim.weight_decay * group.get("wd_mult", 1.0)
+        for side in self.sides:
+            for group in side.optimizer.param_groups:
+                group["lr"] = lr * getattr(self.optim.lr_scale, side.name) * (group["max_lr"] / self.config.lr)
+                group["weight_decay"] = self.optim.weight_decay * group.get("wd_mult", 1.0)
         self.chained.prepare_grads()
         norm = self._gradient_norm()
-        if not math.isfinite(norm):
+        if not math.isfinite(norm) or norm > largest_norm:
             return norm
         for side in self.sides:
             self._clip(side.optimizer.get_parameters(), norm)
@@ -184,7 +218,7 @@ class Optimizers:
     def whole_model(self) -> Iterator[NemotronVL]:
         """The model, which every rank holds whole (but for tensor parallelism). Collective."""
         self.collect_weights()
-        yield self.weights
+        yield self.model
 
     def close(self) -> None:
         """Nothing to give back: process groups belong to the layout."""
@@ -192,26 +226,45 @@ class Optimizers:
     def sharded_state_dict(self, model_state: dict[str, Any], *, is_loading: bool = False) -> dict[str, Any]:
         """Optimizer state by side, reshardable to other TP, CP and DP sizes."""
         return {
-            side.name: side.optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=dict(SHARDING))
+            f"{side.name}.{number}": (
+                sharded_state(inner, model_state, is_loading=is_loading)
+                if isinstance(inner, DistributedOptimizer)
+                else inner.sharded_state_dict(model_state, is_loading=is_loading)
+            )
             for side in self.sides
+            for number, inner in enumerate(_chain(side.optimizer))
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `sharded_state_dict` described, after it was filled from disk."""
         for side in self.sides:
-            side.optimizer.load_state_dict(state[side.name])
+            for number, inner in enumerate(_chain(side.optimizer)):
+                load = load_state if isinstance(inner, DistributedOptimizer) else type(inner).load_state_dict
+                load(inner, state[f"{side.name}.{number}"])
 
     def num_parameters(self) -> int:
         """Trainable parameters held by this rank."""
         return sum(p.numel() for side in self.sides for p in side.ddp.module.parameters() if p.requires_grad)
 
 
-def _sides(model: NemotronVL, layout: Layout) -> Iterator[tuple[str, nn.Module, ProcessGroupCollection]]:
+def _alive(reference: weakref.ref[Optimizers]) -> Optimizers:
+    found = reference()
+    assert found is not None, "a model trains as long as somebody holds its optimizers"
+    return found
+
+
+def parts_of(model: NemotronVL, layout: Layout) -> Iterator[tuple[str, nn.Module, ProcessGroupCollection]]:
+    """What the model consists of, by the groups that share it: name of the side, module, groups."""
     if model.language_model is not None:
         yield "language", model.language_model, layout.language_groups
     visual = {name: getattr(model, name) for name in ("vision_model", "projector") if getattr(model, name) is not None}
     if visual:
         yield "vision", nn.ModuleDict(visual), layout.vision_groups
+
+
+def _chain(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """megatron-core chains an optimizer of dense parameters with one of experts; without experts it is alone."""
+    return optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
 
 
 def _ddp_config(optim: OptimConfig, *, overlap: bool) -> DistributedDataParallelConfig:
@@ -234,8 +287,11 @@ def _fuse_grad_accumulation(module: nn.Module) -> None:
             part.fuse_wgrad_accumulation = True  # type: ignore[assignment]
 
 
-def _parameter_groups(config: OptimizerConfig) -> dict[ParamKey, ParamGroupOverride]:
-    """megatron-core's rule (no decay of vectors), and a group of its own for what stays float32 in a bf16 model.
+def _parameter_groups(config: OptimizerConfig, scale: PartScales) -> dict[ParamKey, ParamGroupOverride]:
+    """megatron-core's rule (no decay of vectors), and groups of their own for two kinds of parameters.
+
+    The projector's, where its learning rate is not that of its side, the tower's; and what stays float32 in a bf16
+    model:
 
     megatron-core 0.19.2 moves a group's float32 parameters to its front but then looks each parameter's state up at its
     old place (`optimizer/distrib_optimizer.py`): in a mixed group a checkpoint would hold another parameter's moments.
@@ -244,6 +300,10 @@ def _parameter_groups(config: OptimizerConfig) -> dict[ParamKey, ParamGroupOverr
     if config.params_dtype != torch.float32:
         # An override is what makes a group; this one repeats the learning rate that every group gets anyway.
         groups[ParamKey(name=("*A_log", "*.D"))] = ParamGroupOverride(max_lr=config.lr)
+    if scale.projector != scale.vision:
+        groups[ParamKey(name="module.projector.*")] = ParamGroupOverride(
+            max_lr=config.lr * scale.projector / scale.vision
+        )
     return groups
 
 

@@ -1,14 +1,9 @@
-"""Stop requests: noticed by a handler, agreed by all ranks, acted on between steps."""
+"""Stop requests: noticed by a handler, agreed by all ranks, acted on as soon as no weight is half changed."""
 
 from __future__ import annotations
 
 import signal
 from types import FrameType, TracebackType
-
-import torch
-import torch.distributed as dist
-
-from nemovl_train.parallel.layout import Layout
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -18,12 +13,11 @@ class StopRequest:
 
     A second Ctrl-C gets Python's usual treatment, so that impatience still works; schedulers may repeat the others.
 
-    Args:
-        layout: Names the device that the ranks agree on.
+    Attributes:
+        received: The last signal that this process got; None before the first.
     """
 
-    def __init__(self, layout: Layout) -> None:
-        self.layout = layout
+    def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self._previous: dict[signal.Signals, object] = {}
 
@@ -37,12 +31,6 @@ class StopRequest:
     ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
-
-    def agreed(self) -> bool:
-        """True on every rank as soon as one rank was asked to stop. Collective."""
-        flag = torch.tensor([self.received is not None], dtype=torch.int32, device=self.layout.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+import math
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from nemovl_train.exceptions import CheckpointError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass
@@ -22,11 +23,17 @@ class TrainState:
         tokens_seen: Tokens of real samples (padding not counted) so far.
         tokens_supervised: Tokens that carried loss so far.
         tokens_visual: Image tokens so far.
-        bad_steps: Steps that changed nothing because loss or gradient norm was not finite.
+        best_loss: Lowest held-out loss that was measured while training; infinite before the first measurement.
+        best_step: Step of that measurement.
+        stale_validations: Measurements since then.
+        bad_steps: Steps that changed nothing because loss or gradient norm was not finite, or a spike.
+        recent_losses: Losses of the last steps that were taken; spikes are judged by them.
+        recent_norms: Gradient norms of the same steps.
         seed: Seed of the run.
         plan_hash: Identity of the data order; a resumed run must reproduce it.
         config_hash: Identity of the options that decide the result.
         parent: Checkpoint whose weights the run started from.
+        parent_seal: Hash that seals it. Checkpoints of adapters hold nothing of their base but this reference.
     """
 
     step: int = 0
@@ -35,14 +42,22 @@ class TrainState:
     tokens_supervised: int = 0
     tokens_visual: int = 0
     bad_steps: int = 0
+    best_loss: float = math.inf
+    best_step: int = 0
+    stale_validations: int = 0
+    recent_losses: list[float] = field(default_factory=list)
+    recent_norms: list[float] = field(default_factory=list)
     seed: int = 0
     plan_hash: str = ""
     config_hash: str = ""
     parent: str | None = None
+    parent_seal: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The state as a JSON object with its format version."""
-        return {"format_version": FORMAT_VERSION, **asdict(self)}
+        # JSON has no infinity.
+        best = self.best_loss if math.isfinite(self.best_loss) else None
+        return {"format_version": FORMAT_VERSION, **asdict(self), "best_loss": best}
 
     @classmethod
     def from_json(cls, data: dict[str, Any], where: Path) -> TrainState:
@@ -59,7 +74,8 @@ class TrainState:
         expected = {f.name for f in fields(cls)}
         if set(values) != expected:
             raise CheckpointError(f"{where}: fields {sorted(set(values) ^ expected)} are missing or unknown")
-        return cls(**values)
+        best = values.pop("best_loss")
+        return cls(**values, best_loss=math.inf if best is None else best)
 
 
 def read_state(folder: Path) -> TrainState:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,20 @@ import torch.distributed as dist
 from data_pipelines.schema import Pack
 from nemovl_train.parallel.layout import Layout
 from nemovl_train.training.engine import Engine
+from nemovl_train.training.telemetry import Telemetry
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a step may bring; beyond it nothing changes.
+
+    Attributes:
+        loss: Largest loss.
+        norm: Largest gradient norm.
+    """
+
+    loss: float = math.inf
+    norm: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -22,7 +36,7 @@ class StepResult:
     Attributes:
         loss: Weighted mean cross entropy in nats, as optimised.
         grad_norm: Global gradient norm before clipping; None when nothing trains.
-        applied: False when a non-finite value kept the step from changing anything.
+        applied: False when a value that is not finite, or beyond its limit, kept the step from changing anything.
         tokens: Tokens of real samples in the step.
         supervised: Tokens that carried loss.
         visual: Image tokens.
@@ -67,23 +81,51 @@ def loss_scales(packs: Sequence[Pack], divisor: str, layout: Layout) -> list[flo
     return [1.0 / (s * supervised_packs) if s > 0 else 0.0 for s in sums]
 
 
-def train_step(engine: Engine, packs: Sequence[Pack], layout: Layout, *, lr: float, divisor: str) -> StepResult:
+def train_step(
+    engine: Engine,
+    packs: Sequence[Pack],
+    layout: Layout,
+    *,
+    lr: float,
+    divisor: str,
+    telemetry: Telemetry | None = None,
+    limits: Limits = Limits(),
+    between: Callable[[], bool] = lambda: False,
+    before_update: Callable[[], None] = lambda: None,
+) -> StepResult:
     """One optimizer step over this rank's packs.
 
-    A loss or gradient norm that is not finite on any rank leaves every parameter and moment on every rank as it was:
-    tensor parallel ranks compute one loss together, all others add theirs up.
+    A loss or gradient norm that is not finite on any rank, or beyond its limit, leaves every parameter and moment on
+    every rank as it was: tensor parallel ranks compute one loss together, all others add theirs up.
+
+    Args:
+        engine: The model with its gradients and its optimizer.
+        packs: This rank's packs of the step.
+        layout: Owner of the process groups.
+        lr: Learning rate of the update.
+        divisor: As in `loss_scales`.
+        telemetry: Hears of every pack's losses.
+        limits: Largest loss and gradient norm that are taken.
+        between: As in `Engine.forward_backward`.
+        before_update: Called when gradients are there and weights are still those that made them.
+
+    Raises:
+        StepDroppedError: `between` said so.
     """
     began = time.perf_counter()
     scales = loss_scales(packs, divisor, layout)
     engine.zero_grad()
-    loss = engine.forward_backward(packs, scales)
+    if telemetry is not None:
+        telemetry.begin()
+    loss = engine.forward_backward(packs, scales, telemetry=telemetry, between=between)
     counts = _reduce_counts(loss, packs, layout)
-    finite = math.isfinite(counts[0])
-    grad_norm = engine.step(lr) if finite else math.nan
+    before_update()
+    wanted = math.isfinite(counts[0]) and counts[0] <= limits.loss
+    grad_norm = engine.step(lr, largest_norm=limits.norm) if wanted else math.nan
     return StepResult(
         loss=counts[0],
         grad_norm=grad_norm,
-        applied=finite and (grad_norm is None or math.isfinite(grad_norm)),
+        applied=wanted and (grad_norm is None or (math.isfinite(grad_norm) and grad_norm <= limits.norm)),
         tokens=int(counts[1]),
         supervised=int(counts[2]),
         visual=int(counts[3]),

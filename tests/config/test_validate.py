@@ -74,6 +74,9 @@ def changed(config, key: str, value):
         ("data.cost.visual_token", -0.1, "at least 0"),
         ("evaluation.max_samples", 0, "at least 1"),
         ("evaluation.seq_length", 100, "nearest: 96 or 128"),
+        ("evaluation.every_steps", -1, "at least 0"),
+        ("evaluation.keep_best", True, "evaluation.keep_best=true needs a held-out loss while training"),
+        ("evaluation.patience", 3, "set evaluation.every_steps=100"),
         ("evaluation.sources", {"x": ""}, "evaluation.sources.x is empty"),
         ("logging.every_steps", 0, "at least 1"),
         ("cluster.gpu", "h100", "did you mean h100_80gb?"),
@@ -175,6 +178,9 @@ def test_the_12b_file_equals_the_schema_defaults():
         ("parallel.cp", 2, "data parallel only; set parallel.cp=1"),
         ("optim.overlap_grad_reduce", True, "set optim.overlap_grad_reduce=false"),
         ("optim.distributed", False, "set optim.distributed=true"),
+        ("optim.lr_scale.vision", 0.1, "set optim.lr_scale.vision=1"),
+        ("adapter.rank", 16, "trains whole weights; set adapter.rank=0"),
+        ("trainer.check_replicas_every", 100, "set trainer.check_replicas_every=0"),
     ],
 )
 def test_deepspeed_refuses_one_wrong_value(key, value, part):
@@ -208,8 +214,23 @@ def test_deepspeed_in_bfloat16_only_where_gradients_add_up_in_float32(stage, par
 
 def test_all_problems_of_a_deepspeed_run_at_once():
     config = compose_run("tiny/finetune_deepspeed")
-    for key, value in (("engine.zero_stage", 2), ("engine.offload_params", True), ("parallel.cp", 2)):
+    changes = {
+        "engine.zero_stage": 2,
+        "engine.offload_params": True,
+        "parallel.cp": 2,
+        "adapter.rank": 16,
+        "optim.lr_scale.language": 2.0,
+        "trainer.check_replicas_every": 1,
+    }
+    for key, value in changes.items():
         config = changed(config, key, value)
     found = " ".join(validate_run(config))
-    assert "engine.offload_params=true" in found
-    assert "parallel.cp=2" in found
+    for part in ("engine.offload_params=true", *(f"{key}=" for key in list(changes)[2:])):
+        assert part in found
+
+
+def test_a_heldout_loss_while_training_needs_sets(base: RunConfig):
+    without = replace(base.evaluation, sources={}, every_steps=10)
+    (problem,) = validate_run(replace(base, evaluation=without))
+    assert "evaluation.every_steps=10: evaluation.sources is empty" in problem
+    assert not validate_run(replace(base, evaluation=replace(base.evaluation, every_steps=10, patience=2)))

@@ -126,6 +126,68 @@ def test_tools_calls_and_results() -> None:
     assert rendered.endswith(f"<SPECIAL_11>User\n1+1?\n{tail}")
 
 
+def tool_talk(first: str, said: str, answer: str) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
+    """A record that calls two tools, and the same for the chat template: its messages and tools."""
+    tools = [
+        {
+            "name": "weather",
+            "description": "It's here",
+            "parameters": {"type": "object", "properties": {"b": 1, "a": 2}},
+        },
+        {"name": "add"},
+    ]
+    calls = [{"name": "weather", "arguments": '{"city": "K\u00f6ln"}'}, {"name": "add", "arguments": "{}"}]
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        user(first),
+        {"role": "assistant", "content": said, "tool_calls": calls},
+        {"role": "tool", "content": '{"t": 7} /think <image>'},
+        {"role": "tool", "content": "[]"},
+        {"role": "assistant", "content": answer},
+        user("And now?"),
+        {"role": "assistant", "content": "Done."},
+    ]
+    texts = [json.dumps(tool, ensure_ascii=False) for tool in tools]
+    return {"id": "r", "tools": texts, "messages": messages}, messages, tools
+
+
+@pytest.mark.parametrize(
+    ("first", "said", "answer"),
+    [
+        ("Weather?", "", "7 degrees."),
+        ("Weather? /think", "<think>\nask\n</think>Let me see.\n", "<think>\nso\n</think>7"),
+        ("Weather?", "<think>\nask\n</think>", "7"),
+        ("Weather?", " ", ""),
+    ],
+)
+def test_tools_are_rendered_as_in_training(first: str, said: str, answer: str) -> None:
+    record, messages, tools = tool_talk(first, said, answer)
+    tokenizer = Characters()
+    trained = encode_record(record, [], tokenizer, tokens_per_tile=1)  # type: ignore[arg-type]
+    assert tokenizer.decode(trained.input_ids.tolist()) == render(messages, generate=False, tools=tools)
+    # The prompt behind a tool's results, which is where the model goes on.
+    cut = {**record, "messages": messages[:5]}
+    prompt = encode_prompt(cut, [], tokenizer, tokens_per_tile=1)  # type: ignore[arg-type]
+    assert tokenizer.decode(prompt.input_ids.tolist()) == render(messages[:5], tools=tools)
+
+
+def test_only_what_the_assistant_writes_of_a_tool_turn_is_in_the_loss() -> None:
+    record, _, _ = tool_talk("Weather?", "Let me see.", "7")
+    tokenizer = Characters()
+    sample = encode_record(record, [], tokenizer, tokens_per_tile=1)  # type: ignore[arg-type]
+    trained = tokenizer.decode(sample.labels[sample.labels != -100].tolist())
+    weather = '{"name": "weather", "arguments": {"city": "K\u00f6ln"}}'
+    call = f'<TOOLCALL>[{weather}, {{"name": "add", "arguments": {{}}}}]</TOOLCALL>'
+    assert trained == (
+        f"<think></think>Let me see.\n\n{call}\n<SPECIAL_12>\n<think></think>7\n<SPECIAL_12>\n"
+        "<think></think>Done.\n<SPECIAL_12>\n"
+    )
+    everything = tokenizer.decode(sample.input_ids.tolist())
+    assert '<SPECIAL_11>User\n<TOOL_RESPONSE>[{"t": 7} /think <image>, []]</TOOL_RESPONSE>\n' in everything
+    assert '[{{"name": "tool_name1", "arguments": "tool_args1"}}, ' in everything
+    assert set(sample.turns[sample.labels != -100].tolist()) == {0, 1, 2}
+
+
 def test_misplaced_or_unknown_role_is_an_error() -> None:
     for role in ("system", "narrator"):
         with pytest.raises(jinja2.TemplateError, match=f"message 1 has role {role}"):

@@ -10,7 +10,6 @@ import pytest
 
 from nemovl_train.convert import hf_export
 from nemovl_train.convert.hf_export import export_canonical
-from nemovl_train.convert.tensor_files import ShardWriter
 from nemovl_train.convert.verify import verify
 from nemovl_train.exceptions import ConversionError
 
@@ -40,8 +39,7 @@ def export(out: Path, **options: Any) -> Path:
 @pytest.mark.parametrize(("number", "words"), REFUSALS)
 @pytest.mark.parametrize("where", ["write", "publish"])
 def test_export(where: str, number: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    owner, name = (ShardWriter, "put") if where == "write" else (hf_export, "_publish")
-    monkeypatch.setattr(owner, name, refuse(number))
+    monkeypatch.setattr(hf_export, "write_shard" if where == "write" else "_publish", refuse(number))
     with pytest.raises(ConversionError, match=words) as error:
         export(tmp_path / "x")
     assert "checkpoints" not in str(error.value)

@@ -208,7 +208,7 @@ def test_truncated_weights_are_refused(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM.*known are NemotronH_Nano_VL_V2"),
+        ({"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM.*known are NemotronH_Nano_VL_V2"),
         ({"architectures": None}, "none of which"),
         ({"ps_version": "v1"}, "ps_version is 'v1', supported is 'v2'"),
         ({"llm_config": None}, "llm_config or text_config is missing"),

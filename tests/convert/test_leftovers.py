@@ -22,21 +22,22 @@ def names(folder):
 
 
 def test_leftovers_of_a_killed_export_go_with_the_next(tmp_path):
-    (tmp_path / ".hf.01234567.partial").mkdir()
-    (tmp_path / ".hf.01234567.partial" / "half").write_text("")
-    (tmp_path / ".other.01234567.partial").mkdir()
+    (tmp_path / ".hf.partial").mkdir()
+    (tmp_path / ".hf.partial" / "half").write_text("")
+    (tmp_path / ".other.partial").mkdir()
     export(tmp_path / "hf")
-    assert names(tmp_path) == [".other.01234567.partial", "hf"]
+    assert names(tmp_path) == [".other.partial", "hf"]
 
 
 def test_a_running_export_keeps_its_folder(tmp_path):
-    running = tmp_path / ".hf.01234567.partial"
+    running = tmp_path / ".hf.partial"
     running.mkdir()
     lock = hf_export._lock(running)
-    export(tmp_path / "hf")
-    assert names(tmp_path) == [running.name, "hf"]
+    with pytest.raises(ConversionError, match=r"another export is writing .*hf; wait for it"):
+        export(tmp_path / "hf")
+    assert names(tmp_path) == [running.name]
     os.close(lock)
-    export(tmp_path / "hf", overwrite=True)
+    export(tmp_path / "hf")
     assert names(tmp_path) == ["hf"]
 
 

@@ -114,10 +114,27 @@ def test_bad_samples_are_set_aside_and_come_back(say, photos, rules, tmp_path):
     assert "set aside: train/metadata.jsonl-0000005: image: " in say("data", "quarantine", "list", "ds")[1]
     assert say("data", "quarantine", "restore", "ds")[1] == "restored 1 samples of ds\n"
     assert len(Dataset.open(tmp_path / "ds", "train")) == 49
-    assert say("data", "quarantine", "add", "ds")[0] == 2
-    assert json.loads(say("data", "quarantine", "add", "ds", "--key", "metadata.jsonl-0000001", "--json")[1]) == {
-        "add": 1
-    }
+    code, _, err = say("data", "quarantine", "add", "ds")
+    assert code == 2
+    assert "nemovl data quarantine add ds KEY" in err
+    added = say(
+        "data", "quarantine", "add", "ds", "metadata.jsonl-0000001", "--key", "metadata.jsonl-0000002", "--json"
+    )
+    assert json.loads(added[1]) == {"add": 2}
+    code, _, err = say("data", "quarantine", "add", "ds", "metadata.jsonl-000003")
+    assert code == 2
+    assert "did you mean 'metadata.jsonl-" in err
+
+
+def test_a_held_out_share_and_an_export_that_comes_back(say, photos, rules, tmp_path):
+    code, out, _ = say("data", "import", "photos", "--out", "ds", *rules, "--heldout", 0.2, "--workers", 1)
+    assert code == 0
+    assert "heldout: " in out
+    assert say("data", "dedup", "ds", "--workers", 1)[0] == 0
+    assert say("data", "export", "ds", "--out", "plain", "--layout", "folder")[0] == 0
+    assert say("data", "import", "plain", "--out", "back", "--like", "ds", "--workers", 1)[0] == 0
+    for name in ("train.parquet", "heldout.parquet"):  # hashes of all samples are in there
+        assert (tmp_path / "ds" / name).read_bytes() == (tmp_path / "back" / name).read_bytes()
 
 
 def test_look_at_a_folder(say, photos, rules):

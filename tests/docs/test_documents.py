@@ -17,7 +17,9 @@ DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG
 )
 MADE_BY_RUNS = ("runs/", "data/", "my_stage.yaml", ".venv/", "config.yaml", "verification.md")
 OPTIONS = (ROOT / "tests/config/golden/options.txt").read_text()
-SECTIONS = "run|model|data|parallel|precision|optim|trainer|checkpoint|evaluation|logging|parts|cluster|workload"
+SECTIONS = (
+    "run|adapter|model|data|parallel|precision|optim|trainer|checkpoint|evaluation|logging|parts|cluster|workload"
+)
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -50,7 +52,8 @@ def test_nemovl_commands_are_understood(path, tmp_path, monkeypatch, capsys):
 
 def test_the_pages_hold_commands():
     verbs = [words[1] for path in DOCUMENTS for words in commands(path) if words[0].endswith("nemovl")]
-    assert {"train", "schedule", "plan", "recipes", "launch", "report", "generate", "convert", "data"} <= set(verbs)
+    expected = {"train", "schedule", "plan", "recipes", "launch", "report", "generate", "eval", "convert", "data"}
+    assert expected <= set(verbs)
 
 
 def test_make_targets_exist():
@@ -68,7 +71,7 @@ def test_paths_and_recipes_exist(path: Path):
     for name in re.findall(r"`([\w./-]+)`", path.read_text()):
         if name.startswith((*MADE_BY_RUNS, "/think", "/no_think")):
             continue
-        if name.startswith(("tiny/", "nano_12b_v2_vl/", "nano_8b_v1_vl/")):
+        if name.startswith(("tiny/", "finetune/", "nano_12b_v2_vl/", "nano_8b_v1_vl/")):
             assert name in list_recipes(), name
         elif "/" in name or name.endswith((".md", ".py", ".yaml", ".toml")):
             assert (ROOT / name).exists(), name

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import small_vlm
 import torch
+from recompute import extended, pack_prompts
 
 from data_pipelines.config import DataConfig, SourceConfig
 from data_pipelines.dataset import Dataset
@@ -19,7 +20,7 @@ from nemovl_train.config.schema import EvalConfig, ParallelConfig, RunConfig
 from nemovl_train.evaluation.predictions import write_predictions
 from nemovl_train.evaluation.run import Score, evaluation_data, score_pack, score_source
 from nemovl_train.inference.generate import generate
-from nemovl_train.inference.prompt import Prompt, build_prompt, pack_prompts
+from nemovl_train.inference.prompt import Prompt, build_prompt
 from nemovl_train.model.batch import PackBatch
 from nemovl_train.parallel.layout import Layout
 
@@ -69,10 +70,8 @@ def config(tokenizer: TextTokenizer, tmp_path_factory: pytest.TempPathFactory) -
 
 def finished(prompt: Prompt, answer: list[int], tail: list[int], forced: int) -> Pack:
     """A pack of one sample as training renders it: `forced` ids of the prompt, then answer and tail, are supervised."""
-    whole = prompt
-    for token in (*answer, *tail):
-        whole = whole.extended(token)
-    pack, _ = pack_prompts([whole], pad=0)
+    whole = extended(prompt, (*answer, *tail))
+    pack, _ = pack_prompts([whole])
     begin, end = len(prompt.input_ids) - forced, len(whole.input_ids)
     labels = pack.labels.clone()
     labels[begin - 1 : end - 1] = pack.input_ids[begin:end]
@@ -207,7 +206,7 @@ def test_data_parallel_ranks_share_the_samples_out(model, layout, tokenizer, con
 
 
 def test_nothing_to_score_has_no_numbers(model, layout, config):
-    pack, _ = pack_prompts([Prompt((1, 10, 11), torch.empty((0, 3, 64, 64), dtype=torch.uint8), ())], pad=0)
+    pack, _ = pack_prompts([Prompt((1, 10, 11), torch.empty((0, 3, 64, 64), dtype=torch.uint8), ())])
     assert score_pack(model, pack, layout, forced=[], eos=12) == Score()
     assert Score().row() == {"loss": None, "exact_match": None, "samples": 0, "supervised_tokens": 0}
     source = evaluation_data(config).sources["text"]

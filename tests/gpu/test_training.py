@@ -6,7 +6,7 @@ import pytest
 import torch
 from gpu_packs import random_pack
 
-from nemovl_train.checkpoint import sealed
+from nemovl_train.checkpoint import saving, sealed
 from nemovl_train.config.schema import LanguageConfig, ModelConfig, OptimConfig, ParallelConfig, TokenIds, VisionConfig
 from nemovl_train.model.vlm import build_model
 from nemovl_train.parallel.layout import Layout
@@ -49,7 +49,7 @@ def test_te_learns_a_repeated_batch_and_its_checkpoint_loads_in_torch(layout, tm
     record("te bf16, loss of a repeated batch, last step over first", losses[-1] / losses[0], 0.5)
     assert losses[-1] < 0.5 * losses[0]
 
-    folder = sealed.save(tmp_path, STEPS, model=model, optimizer=None, state={}, run_id="test")
+    folder = saving.save(tmp_path, STEPS, model=model, optimizer=None, state={}, run_id="test")
     other = build_model(MODEL, layout, params_dtype=torch.bfloat16, backend="torch", seed=99)
     sealed.load(folder, model=other)
     trained, loaded = dict(model.named_parameters()), dict(other.named_parameters())

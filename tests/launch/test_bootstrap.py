@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TOOLS = ("bash", "cat", "cp", "cut", "dirname", "env", "flock", "ls", "mkdir", "rm", "sha256sum", "uname")
+TOOLS = ("bash", "cat", "cp", "cut", "dirname", "env", "flock", "ls", "mkdir", "readlink", "rm", "sha256sum", "uname")
 
 WORKING = """#!/usr/bin/env bash
 echo "$0 $*" >>"$CALLS"
@@ -155,3 +155,18 @@ def test_the_makefile_has_the_documented_targets():
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
     done = subprocess.run(["make", "-C", str(ROOT), "--no-print-directory", "help"], capture_output=True, text=True)
     assert [line.split()[0] for line in done.stdout.splitlines()] == ["check", "demo", "help", "test", "test-all"]
+
+
+def test_an_environment_behind_a_link_is_used_and_never_emptied(machine: Machine):
+    """`venv --clear` follows a link: it would empty the environment of another checkout."""
+    machine.put(machine.bin / "python3.12", WORKING)
+    other = machine.home / "other"
+    machine.put(other / "bin" / "python", WORKING)
+    (machine.checkout / ".venv").symlink_to(other)
+    done = machine.run()
+    assert (done.returncode, machine.called("-m venv"), machine.called("-m pip")) == (0, [], [])
+    machine.put(other / "bin" / "python", SHIM)
+    done = machine.run()
+    assert done.returncode == 2
+    assert f"is a link to {other}" in done.stderr
+    assert (other / "bin" / "python").is_file()

@@ -23,11 +23,19 @@ import torch.distributed as dist
 from matrix_packs import IMAGE, LENGTH, MODEL, MODELS, make_packs
 
 from data_pipelines.schema import Pack
-from nemovl_train.checkpoint import sealed
-from nemovl_train.config.schema import ModelConfig, OptimConfig, ParallelConfig, RecomputeConfig
-from nemovl_train.model import attention, mixer, vlm
+from nemovl_train.checkpoint import saving, sealed
+from nemovl_train.config.schema import (
+    AdapterConfig,
+    AdapterTargets,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    RecomputeConfig,
+)
+from nemovl_train.model import attention, lora, mixer, vlm
+from nemovl_train.model.adapters import TrainedWeights, add_adapters
 from nemovl_train.model.batch import PackBatch
-from nemovl_train.model.init import join_parts
+from nemovl_train.model.init import full_shape, join_parts, local_part
 from nemovl_train.model.vlm import NemotronVL, build_model
 from nemovl_train.parallel.layout import Layout, shutdown
 from nemovl_train.training import optimizer
@@ -57,6 +65,7 @@ class Case:
     mode: str = "square"
     divisor: str = "global"
     train: tuple[str, ...] = ("vision", "projector", "language")
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     order: tuple[int, ...] = (0, 1, 2, 3)
     longest_piece: int | None = None
     overlap: bool = False
@@ -157,6 +166,8 @@ def make_trainer(
         for name, parameter in model.named_parameters():
             scale = 1.0 if parameter.dim() == 1 or "vision_model" in name else 3.0
             parameter.mul_(scale)
+    add_adapters(model, case.adapter, layout, seed=7)
+    _fill_adapters(model)
     model.freeze(train=case.train)
     optim = OptimConfig(
         lr=1e-3,
@@ -167,6 +178,14 @@ def make_trainer(
     )
     optimizers = Optimizers(model, layout, optim, dtype)
     return model, optimizers, optim
+
+
+def _fill_adapters(model: NemotronVL) -> None:
+    """Second halves start at zero, where first halves have no gradient: give them values, the same in every layout."""
+    for number, (_, pair) in enumerate(lora.adapters(model)):
+        tp, generator = pair.groups.tp, torch.Generator().manual_seed(number)
+        values = torch.randn(full_shape(pair.lora_b, tp.size()), generator=generator) * 0.3
+        pair.lora_b.data.copy_(local_part(values, pair.lora_b, tp.size(), tp.rank()))
 
 
 def whole(tensor: torch.Tensor, parameter: torch.Tensor, name: str, layout: Layout) -> torch.Tensor:
@@ -225,6 +244,10 @@ def _kept_rows(rows, send, receive, group, original=vlm.exchange_rows):
     return original(rows, send, receive, group).roll(1, 0)
 
 
+def _low_uncopied(self, low, original=lora.Adapter._exchanged):
+    return low if self.column else original(self, low)
+
+
 BREAKS: dict[str, tuple[object, str, Callable]] = {
     "states between ranks": (mixer, "_states_before", _zero_states),
     "gradients of states between ranks": (mixer, "_gradients_after", _zero_gradients),
@@ -233,6 +256,8 @@ BREAKS: dict[str, tuple[object, str, Callable]] = {
     "keys and values of other ranks": (attention, "gather_tokens", _own_tokens_only),
     "exchange of visual features": (vlm, "exchange_rows", _kept_rows),
     "division of shared gradients": (vlm, "_divide_gradient", lambda features, copies: None),
+    "sum of an adapter's gradient over columns": (lora.Adapter, "_exchanged", _low_uncopied),
+    "sum of an adapter's gradient over tokens": (lora, "_mark_whole", lambda parameter, summed: None),
     "collection of weights": (Optimizers, "collect_weights", lambda self: None),
     "reduction of gradients": (Optimizers, "reduce_gradients", lambda self, *a, **k: None),
 }
@@ -281,6 +306,25 @@ MOVED = Case(distributed=True, steps=2)
 """What is trained, saved and moved."""
 
 
+def save_adapters(folder: Path) -> None:
+    """Train adapters in TP 2 x CP 2, save them alone, take another step.
+
+    Leaves the folder `adapters`, and in `adapters.pt` the trained parameters and the loss of that step.
+    """
+    layout = Layout.create(TP2_CP2_SP)
+    model, optimizers, optim = make_trainer(ADAPTED, MODEL, layout)
+    packs = make_packs("images")[layout.dp_rank :: layout.dp]
+    for _ in range(ADAPTED.steps):
+        train_step(optimizers, packs, layout, lr=optim.lr, divisor="global")
+    saved = TrainedWeights(model)
+    saving.save(folder / "adapters", ADAPTED.steps, model=saved, optimizer=optimizers, state={}, run_id="adapters")
+    found = {n: whole(p.detach(), p, n, layout) for n, p in model.named_parameters() if n in saved.names}
+    loss = train_step(optimizers, packs, layout, lr=optim.lr, divisor="global").loss
+    if dist.get_rank() == 0:
+        torch.save({**found, "loss": torch.tensor(loss)}, folder / "adapters.pt")
+    layout.destroy()
+
+
 def move_checkpoint(folder: Path) -> None:
     """Train in TP 2 x CP 2, save, take another step; load in TP 2 x DP 2, save again, take that step there.
 
@@ -300,7 +344,7 @@ def move_checkpoint(folder: Path) -> None:
                 for parameter in model.parameters():
                     parameter.zero_()
             sealed.load(sealed.step_folder(folder / source, MOVED.steps), model=model, optimizer=optimizers)
-        sealed.save(folder / name, MOVED.steps, model=model, optimizer=optimizers, state={}, run_id="moved")
+        saving.save(folder / name, MOVED.steps, model=model, optimizer=optimizers, state={}, run_id="moved")
         found |= {f"{name} {n}": whole(p.detach(), p, n, layout) for n, p in model.named_parameters()}
         loss = train_step(optimizers, packs, layout, **options).loss
         found |= {f"{name}, loss of the next step": torch.tensor(loss)}
@@ -320,6 +364,14 @@ TP2_CP2_SP = ParallelConfig(tp=2, cp=2, sequence_parallel=True)
 def heads(parallel: ParallelConfig) -> ParallelConfig:
     """The same layout with the Mamba layers' other form."""
     return replace(parallel, mamba_context="head_exchange")
+
+
+EVERYWHERE = AdapterConfig(rank=4, alpha=6.0, targets=AdapterTargets(vision=("*",), projector=("*",), language=("*",)))
+LANGUAGE = AdapterConfig(rank=4, alpha=6.0, targets=AdapterTargets(language=("*",)))
+
+
+ADAPTED = Case(distributed=True, steps=2, train=("projector",), adapter=LANGUAGE)
+"""What is trained with adapters and saved without its base."""
 
 
 # On four ranks: what is left beside TP and CP is data parallel, so every layout here is one of four ranks.
@@ -352,6 +404,15 @@ CASES: dict[str, Case] = {
     "cp4 projector alone": Case(parallel=CP4, train=("projector",)),
     "cp4 projector alone, last": Case(parallel=CP4, train=("projector",), packs="last"),
     "cp2 dp2 language alone": Case(parallel=CP2, train=("language",), packs="first"),
+}
+CASES |= {
+    "tp2 dp2 adapters": Case(parallel=TP2, adapter=EVERYWHERE, train=()),
+    "tp2 sp dp2 adapters": Case(parallel=TP2_SP, adapter=EVERYWHERE, train=()),
+    "tp2 cp2 sp adapters": Case(parallel=TP2_CP2_SP, adapter=LANGUAGE, train=("projector",)),
+    "tp2 sp dp2 rotary adapters": Case(parallel=TP2_SP, model="rotary", adapter=LANGUAGE, train=()),
+    "tp2 cp2 sp sharded adapters": Case(
+        parallel=TP2_CP2_SP, adapter=EVERYWHERE, train=(), distributed=True, overlap=True, steps=3
+    ),
 }
 CASES |= {
     f"cp2 dp2 {mode} {divisor}": Case(parallel=CP2, mode=mode, divisor=divisor, order=(3, 1, 0, 2))
@@ -388,16 +449,25 @@ CONTROLS: dict[str, Case] = {
     "keys": Case(parallel=CP4, model="few_heads", broken="keys and values of other ranks"),
     "features": Case(parallel=CP4, broken="exchange of visual features"),
     "shared gradients": Case(parallel=TP2_CP2, broken="division of shared gradients"),
+    "adapter's columns": Case(
+        parallel=TP2, adapter=LANGUAGE, train=(), broken="sum of an adapter's gradient over columns"
+    ),
+    "adapter's tokens": Case(
+        parallel=TP2_SP, adapter=LANGUAGE, train=(), broken="sum of an adapter's gradient over tokens"
+    ),
     "weights": Case(overlap=True, distributed=True, steps=3, broken="collection of weights"),
     "reduction": Case(parallel=CP2, broken="reduction of gradients"),
 }
 QUICK = (
     *("tp2 sp dp2", "tp2 cp2", "tp2 cp2 sp", "cp4", "cp4 heads", "cp4 few heads", "cp2 dp2 pieces", "cp2 dp2 first"),
-    *("cp2 dp2 sharded overlap", "tp2 cp2 sp selective", "tp2 cp2 sp full"),
+    *("cp2 dp2 sharded overlap", "tp2 cp2 sp selective", "tp2 cp2 sp full", "tp2 dp2 adapters", "tp2 sp dp2 adapters"),
 )
 """The cheapest of each mechanism, for every run of the tests; the rest is for the whole matrix."""
 
-QUICK_CONTROLS = ("states", "keys", "features", "shared gradients", "weights")
+QUICK_CONTROLS = (
+    *("states", "keys", "features", "shared gradients", "weights"),
+    *("adapter's columns", "adapter's tokens"),
+)
 
 
 def run_ranks(ranks: int, folder: Path, names: Iterable[str], *options: str, timeout_s: int) -> None:
@@ -473,6 +543,7 @@ def main() -> None:
         layout.destroy()
     if args.checkpoint:
         move_checkpoint(args.folder)
+        save_adapters(args.folder)
     shutdown()
 
 

@@ -100,7 +100,7 @@ def test_no_other_module_asks_for_process_groups():
 def test_shares_of_a_pack():
     """Numbers alone: what ranks of TP 2 x CP 2 hold, with and without sequence parallelism."""
     known = {"world_size": 4, "rank": 1, "dp": 1, "dp_rank": 0, "mamba_context": "state_passing", "device": None}
-    groups = {"language_groups": None, "vision_groups": None}
+    groups = {"language_groups": None, "vision_groups": None, "control": None}
     mine = {"tp": 2, "cp": 2, "tp_rank": 1, "cp_rank": 1}
     for sequence_parallel, expected in ((False, range(32, 64)), (True, range(48, 64))):
         layout = Layout(**known, **groups, **mine, sequence_parallel=sequence_parallel)

@@ -13,6 +13,7 @@ from matrix_packs import MODEL, alone_pack, make_packs
 
 from nemovl_train.checkpoint import sealed
 from nemovl_train.config.schema import ParallelConfig
+from nemovl_train.model.adapters import TrainedWeights
 from nemovl_train.model.batch import PackBatch
 from nemovl_train.parallel.layout import Layout
 from nemovl_train.training.step import train_step
@@ -169,6 +170,20 @@ def test_a_moved_checkpoint_is_the_state_of_a_run_that_never_moved(quick, moved)
     gathered = matrix.results(quick, "moved")
     first, second = (gathered[f"{name}, loss of the next step"] for name in ("first", "second"))
     assert abs(first - second) <= LOSS_BOUND * first
+
+
+def test_adapters_move_between_layouts_bitwise(quick, one_process):
+    """Written at TP 2 x CP 2 without their base, loaded in one process; the step after is the one taken there."""
+    model, optimizers, optim = matrix.make_trainer(matrix.ADAPTED, MODEL, one_process)
+    saved, gathered = TrainedWeights(model), matrix.results(quick, "adapters")
+    folder = sealed.step_folder(quick / "adapters", matrix.ADAPTED.steps)
+    sealed.load(folder, model=saved, optimizer=optimizers)
+    assert saved.names == gathered.keys() - {"loss"}
+    parameters = dict(model.named_parameters())
+    assert [name for name in saved.names if not torch.equal(parameters[name].detach(), gathered[name])] == []
+    packs = make_packs("images")
+    loss = train_step(optimizers, packs, one_process, lr=optim.lr, divisor="global").loss
+    assert abs(loss - gathered["loss"]) <= LOSS_BOUND * loss
 
 
 @pytest.mark.slow

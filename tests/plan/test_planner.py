@@ -13,7 +13,7 @@ from nemovl_train.plan.calibration import CASES, compare
 from nemovl_train.plan.hardware import GIB, GPU_TYPES
 from nemovl_train.plan.load import Grid, pack_of
 from nemovl_train.plan.memory import memory
-from nemovl_train.plan.planner import make_plan, node_scaling, warnings, would_fit
+from nemovl_train.plan.planner import make_plan, node_scaling, to_json, warnings, would_fit
 from nemovl_train.plan.policy import Policy, policy_of
 from nemovl_train.plan.search import search
 from nemovl_train.plan.traffic import flows
@@ -231,3 +231,29 @@ def test_search_says_what_it_needs():
         search(config)
     with pytest.raises(ConfigError, match=r"no layout on 3 GPUs is legal.*"):
         search(replace(config, cluster=replace(config.cluster, gpus=3)))
+
+
+def test_adapters_by_hand():
+    """Rank 16 on every linear layer of the language model; nothing else has gradients or optimizer state."""
+    config = compose_run("finetune/lora")
+    size, grid = config.model.language, make_plan(config).grid
+    inner = size.mamba_num_heads * size.mamba_head_dim
+    projected = 2 * inner + 2 * size.mamba_num_groups * size.mamba_state_dim + size.mamba_num_heads
+    heads, keys = size.num_attention_heads * size.head_dim, 2 * size.num_query_groups * size.head_dim
+    hidden, ffn = size.hidden_size, size.ffn_hidden_size
+    widths = 28 * (hidden + projected + inner + hidden) + 6 * (hidden + heads + keys + heads + hidden)
+    widths += 28 * 2 * (hidden + ffn)
+    plan = make_plan(config)
+    parameters = to_json(plan)["parameters"]
+    assert parameters["trained"] == parameters["parts"]["language"]["adapters"] == 16 * widths
+    assert plan.memory.gradients == 16 * widths / grid.tp * 4
+    assert plan.memory.optimizer == 16 * widths / grid.tp * 12
+    assert plan.checkpoint_bytes == 16 * widths * (2 + 12)
+    full = make_plan(compose_run("finetune/full", ["cluster=h100_x4"]))
+    # Layers keep what their adapters read, and their products have no weight gradients.
+    assert plan.memory.activations == full.memory.activations
+    assert plan.time.matrices == pytest.approx(full.time.matrices * 2 / 3, rel=0.02)
+    frozen = replace(
+        config, adapter=replace(config.adapter, rank=0), trainer=replace(config.trainer, train=("vision",))
+    )
+    assert make_plan(frozen).memory.activations < plan.memory.activations

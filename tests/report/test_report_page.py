@@ -188,3 +188,25 @@ def test_errors_say_what_to_type(tmp_path: Path) -> None:
         write_report(tmp_path / "nowhere")
     with pytest.raises(UserError, match="cannot write"):
         write_report(tmp_path, tmp_path / "no folder" / "report.html")
+
+
+def test_heldout_loss_and_exported_models_are_shown_where_there_are_some(page: Page, finished_run, tmp_path) -> None:
+    assert "Held-out loss while training" not in page.words
+    assert "Exported model" not in page.words
+    run = Path(shutil.copytree(finished_run, tmp_path / "run"))
+    rows = [{"step": 10 * (i + 1), "loss": 3.0 - i, "best_step": 10 * (i + 1)} for i in range(3)]
+    lines = "".join(json.dumps(row) + "\n" for row in [*rows, {"step": 40, "loss": None}])
+    (run / STAGES[1][0] / "validation.jsonl").write_text(lines)
+    groups = {HOSTILE: {"samples": 3, "anls": 0.5, "other": "x"}, "broken": 7}
+    found = {"samples": 12, "left_out": 2, "metrics": {"anls": 0.25, "none": None}, "groups": groups, "loss": 1.5}
+    write_json(
+        run / "evaluations/final.json", {"model": HOSTILE, "sources": {"docvqa": found, "odd": 3}, "think": True}
+    )
+    write_json(run / "evaluations/odd.json", {"sources": [1]})
+    (run / "evaluations/cut.json").write_text("{")
+    shown = read(run)
+    assert len(shown.all("figure", "chart")) == len(page.all("figure", "chart")) + 1
+    assert "Held-out loss while training" in shown.words
+    for text in ("Exported model", "final", "docvqa", "25.0%", "50.0%", "left out", f"docvqa: {HOSTILE}"):
+        assert text in shown.words
+    assert "evaluations/cut.json" in shown.words

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import yaml
 from small_schedule import compose, write_recipes
 
 from nemovl_train.checkpoint import sealed
+from nemovl_train.config.compose import compose_stage
 from nemovl_train.convert import checkpoints as convert_checkpoints
 from nemovl_train.convert import verify as convert_verify
 from nemovl_train.convert.checkpoints import checkpoint_tensors
@@ -21,7 +23,7 @@ from nemovl_train.exceptions import CheckpointError, ConfigError
 from nemovl_train.exit_codes import ExitCode
 from nemovl_train.report import html
 from nemovl_train.schedule import chain
-from nemovl_train.schedule.ledger import Ledger
+from nemovl_train.schedule.ledger import Ledger, StageEntry
 from nemovl_train.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
@@ -69,6 +71,7 @@ def test_the_ledger_and_the_parents(finished):
             "state": "done",
             "parent": "parts/joined/checkpoints/step_00000000",
             "checkpoint": "first/checkpoints/step_00000004",
+            "parent_seal": (run / "parts/joined/checkpoints/step_00000000/COMPLETE").read_text().strip(),
         },
         {
             "name": "second",
@@ -76,6 +79,7 @@ def test_the_ledger_and_the_parents(finished):
             "state": "done",
             "parent": "first/checkpoints/step_00000004",
             "checkpoint": "second/checkpoints/step_00000004",
+            "parent_seal": (run / "first/checkpoints/step_00000004/COMPLETE").read_text().strip(),
         },
     ]
     states = [json.loads((run / stage["checkpoint"] / "state.json").read_text()) for stage in ledger(run)]
@@ -95,6 +99,34 @@ def test_each_stage_starts_from_the_weights_of_the_one_before(finished):
     assert {name for name in first if name.startswith("language_model.")} <= moved
 
 
+def test_a_parent_that_was_made_again_is_refused(finished):
+    recipe, run = finished
+    record = run / "schedule.json"
+    before = record.read_text()
+    seal = (run / "first/checkpoints/step_00000004/COMPLETE").read_text().strip()
+    record.write_text(before.replace(seal, "0" * 64))
+    try:
+        with pytest.raises(ConfigError, match="started from other weights than"):
+            chain.run(compose(recipe, run.parent))
+    finally:
+        record.write_text(before)
+
+
+def test_a_finished_stage_needs_no_parent(finished):
+    recipe, run = finished
+    marker = run / "first/checkpoints/step_00000004/COMPLETE"
+    before = ledger(run)
+    entry = Ledger.open(run / "schedule.json", [StageEntry(e["name"], e["recipe"]) for e in before]).stages[1]
+    hidden = marker.rename(marker.with_name("HIDDEN"))
+    try:
+        stage = compose_stage(compose(recipe, run.parent), compose(recipe, run.parent).stages[1])
+        stage = replace(stage, trainer=replace(stage.trainer, init_from=str(marker.parent)))
+        assert chain._stage(stage, entry, Ledger(run / "schedule.json", [entry]), run) == ExitCode.OK
+    finally:
+        hidden.rename(marker)
+    assert entry.parent_seal == before[1]["parent_seal"]
+
+
 def test_a_second_run_does_nothing(finished, monkeypatch):
     recipe, run = finished
     before = stamps(run)
@@ -105,7 +137,7 @@ def test_a_second_run_does_nothing(finished, monkeypatch):
     monkeypatch.setattr(Trainer, "__init__", refuse)
     assert chain.run(compose(recipe, run.parent)) == ExitCode.OK
     changed = {path.name for path, stamp in stamps(run).items() if before.get(path) != stamp}
-    assert changed <= {"config.yaml"}
+    assert changed <= {"config.yaml", ".lock"}
 
 
 @pytest.mark.parametrize("how", ["killed", "stopped"])
@@ -174,16 +206,16 @@ def test_changed_options_of_a_finished_stage_are_refused(finished, data, parts):
 
 
 def test_an_import_that_was_cut_off_is_made_again(finished, recipe, tmp_path, monkeypatch):
-    def cut_off(*args):
+    def cut_off(*args, **options):
         raise KeyboardInterrupt
 
-    seal = sealed._seal
-    monkeypatch.setattr(sealed, "_seal", cut_off)
+    seal = sealed.seal
+    monkeypatch.setattr(sealed, "seal", cut_off)
     config, run = compose(recipe, tmp_path / "runs"), tmp_path / "runs" / "chain"
     with pytest.raises(KeyboardInterrupt):
         chain.run(config)
     assert list((run / "parts" / "joined" / "checkpoints").glob(".writing_*"))
-    monkeypatch.setattr(sealed, "_seal", seal)
+    monkeypatch.setattr(sealed, "seal", seal)
     assert chain.prepare_parts(config, run) == ExitCode.OK
     assert not list((run / "parts" / "joined" / "checkpoints").glob(".writing_*"))
     assert_equal(tensors(run / "parts" / "joined"), tensors(finished[1] / "parts" / "joined"))

@@ -19,7 +19,8 @@ def with_engine(config: RunConfig, form: str) -> RunConfig:
     engine = EngineConfig(
         name="deepspeed", zero_stage=int(stage), offload_optimizer=offload, offload_params=offload and stage == "3"
     )
-    return replace(config, engine=engine, precision=PrecisionConfig(params=params, backend="torch"))
+    trainer = replace(config.trainer, check_replicas_every=0)
+    return replace(config, engine=engine, precision=PrecisionConfig(params=params, backend="torch"), trainer=trainer)
 
 
 def everything(engine) -> dict[str, torch.Tensor]:

@@ -13,9 +13,10 @@ from nemovl_train.config.schema import RunConfig
 from nemovl_train.exit_codes import ExitCode
 from nemovl_train.parallel.layout import Layout
 from nemovl_train.training.folder import StageFolder
+from nemovl_train.training.signals import StopRequest
 from nemovl_train.training.trainer import Trainer
 
-TIMES = ("tokens_per_second", "step_seconds", "data_seconds")
+TIMES = ("tokens_per_second", "step_seconds", "data_seconds", "mfu", "ranks")
 
 
 @dataclass
@@ -30,11 +31,16 @@ class Outcome:
 
 def run(config: RunConfig, prepare: Callable[[Trainer], None] = lambda trainer: None) -> Outcome:
     """`trainer.run`, with a hand on the trainer before it starts."""
+    with StopRequest() as stop:
+        return _run(config, prepare, stop)
+
+
+def _run(config: RunConfig, prepare: Callable[[Trainer], None], stop: StopRequest) -> Outcome:
     layout = Layout.create(config.parallel, config.model.language)
     folder = StageFolder.of(config)
     try:
         folder.claim()
-        trainer = Trainer(config, folder, layout)
+        trainer = Trainer(config, folder, layout, stop)
         digests: dict[int, list[str]] = {}
         take = trainer._next_packs
 

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import tiny_runs
 import torch
 from deepspeed_forms import INSTALLED, WHY_NOT, all_equal, everything, needs_deepspeed, with_engine
 
-from nemovl_train.checkpoint import sealed
+from nemovl_train.checkpoint import saving, sealed
 from nemovl_train.checkpoint.files import sha256
 from nemovl_train.config.dump import dump_yaml
 from nemovl_train.config.schema import ParallelConfig
@@ -196,13 +197,38 @@ def test_a_run_of_two_ranks_goes_on_in_one(data, tmp_path, form):
 
 
 def test_stage_3_is_evaluated_as_any_other_run(data, tmp_path):
-    scores = []
+    """At its end, and while it trains: what comes after such a look is what comes without."""
+    scores, heldout, ends = [], [], []
     for number, form in enumerate(("1/fp32", "3/fp32")):
         config = with_engine(tiny_runs.run_config(data, tmp_path / str(number), steps=3), form)
         config = tiny_runs.with_evaluation(config, data)
-        captured(config)
-        scores.append(json.loads((StageFolder.of(config).path / "evaluation.json").read_text())["sources"]["pictures"])
+        config = replace(config, evaluation=replace(config.evaluation, every_steps=1, keep_best=True))
+        ends.append(captured(config)[1])
+        path = StageFolder.of(config).path
+        scores.append(json.loads((path / "evaluation.json").read_text())["sources"]["pictures"])
+        heldout.append([json.loads(line) for line in (path / "validation.jsonl").read_text().splitlines()])
+        best = sealed.published(path / "best")
+        assert [folder.name for folder in best] == [f"step_{heldout[-1][-1]['best_step']:08d}"]
+        model = dict(checkpoint_tensors(best[0])[1])
+        assert model.keys() == tensors_of(config).keys()
     assert scores[1] == {**scores[0], "loss": pytest.approx(scores[0]["loss"], rel=1e-5)}
+    assert [row["loss"] for row in heldout[1]] == pytest.approx([row["loss"] for row in heldout[0]], rel=1e-5)
+    plain = with_engine(tiny_runs.run_config(data, tmp_path / "plain", steps=3), "3/fp32")
+    assert all_equal(captured(plain)[1], ends[1])
+
+
+@pytest.mark.parametrize("form", ["2/bf16", "3/fp32"])
+def test_a_save_in_the_background_is_that_of_its_step(data, tmp_path, form):
+    """Two ranks go on training while it is written."""
+    saved = []
+    for background in (True, False):
+        config = with_engine(tiny_runs.run_config(data, tmp_path / str(background), steps=4), form)
+        options = replace(config.checkpoint, every_steps=2, keep_last=2, in_background=background)
+        config = replace(config, checkpoint=options)
+        start(config, tmp_path)
+        folder = sealed.step_folder(StageFolder.of(config).checkpoints, 2)
+        saved.append({path.name: sha256(path) for path in (folder / "sharded").iterdir()})
+    assert saved[0] == saved[1]
 
 
 @pytest.mark.parametrize("form", ["2/bf16", "3/bf16/offload"])
@@ -222,7 +248,7 @@ def test_the_export_is_that_of_the_same_weights(data, tmp_path, form):
         root = tmp_path / f"plain{step}" / "mini" / "train"
         root.mkdir(parents=True)
         (root / "config.yaml").write_text((source / "config.yaml").read_text())
-        sealed.save(root / "checkpoints", 2, model=model, optimizer=None, state=state, run_id=run_id)
+        saving.save(root / "checkpoints", 2, model=model, optimizer=None, state=state, run_id=run_id)
     layout.destroy()
     hashes = [
         {path.name: sha256(path) for path in folder.glob("*.safetensors")}

@@ -18,7 +18,8 @@ from nemovl_train.model.batch import PackBatch
 from nemovl_train.model.vlm import build_model
 from nemovl_train.training import deepspeed_engine
 from nemovl_train.training.engine import open_engine
-from nemovl_train.training.step import train_step
+from nemovl_train.training.micro_batches import StepDroppedError
+from nemovl_train.training.step import Limits, train_step
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +77,38 @@ def test_a_step_that_is_not_finite_changes_nothing(layout, data, opened, form, w
     train_step(other, first, layout, lr=1e-3, divisor="global")
     expected = train_step(other, third, layout, lr=1e-3, divisor="global")
     assert (found.loss, found.grad_norm) == (expected.loss, expected.grad_norm)
+    assert all_equal(everything(engine), everything(other))
+
+
+@needs_deepspeed
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["1/fp32", "2/bf16", "2/fp32/offload", "3/fp32", "3/bf16/offload"])
+@pytest.mark.parametrize("what", ["spike", "dropped"])
+def test_a_spike_or_a_dropped_step_changes_nothing(layout, data, opened, form, what):
+    engine, other = opened(form, data), opened(form, data)
+    first, second, third = steps_of(data, 3)
+    options = {"lr": 1e-3, "divisor": "global"}
+    for one in (engine, other):
+        train_step(one, first, layout, **options)
+    before = everything(engine)
+    if what == "spike":
+        # Twice: what the engine says is the norm itself, and just above it is no limit.
+        norm = train_step(engine, second, layout, limits=Limits(norm=1e-3), **options).grad_norm
+        result = train_step(engine, second, layout, limits=Limits(norm=norm * (1 - 1e-6)), **options)
+        assert not result.applied
+        assert result.grad_norm == norm
+    else:
+        assert len(second) > 1
+        with pytest.raises(StepDroppedError):
+            train_step(engine, second, layout, between=lambda: True, **options)
+    assert all_equal(everything(engine), before)
+    limits = Limits(norm=norm * (1 + 1e-6)) if what == "spike" else Limits()
+    rest = [second, third] if what == "spike" else [third]
+    for number, packs in enumerate(rest):
+        found = train_step(engine, packs, layout, limits=Limits() if number else limits, **options)
+        expected = train_step(other, packs, layout, **options)
+        assert found.applied
+        assert (found.loss, found.grad_norm) == (expected.loss, expected.grad_norm)
     assert all_equal(everything(engine), everything(other))
 
 

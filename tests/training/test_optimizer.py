@@ -1,6 +1,8 @@
 """AdamW over both sides: weight decay, frozen parts, steps that must change nothing."""
 
+import gc
 import math
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from tiny_runs import MODEL, run_config
 
 from data_pipelines.loader import PackStream
-from nemovl_train.config.schema import OptimConfig
+from nemovl_train.config.schema import OptimConfig, PartScales
 from nemovl_train.model.batch import PackBatch
 from nemovl_train.model.vlm import build_model
 from nemovl_train.training.optimizer import Optimizers
@@ -78,6 +80,39 @@ def test_three_steps_equal_torch_adamw_where_vectors_do_not_decay(layout, data, 
         reference.step()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter, named[name], rtol=1e-3, atol=2e-4, msg=name)
+
+
+@pytest.mark.parametrize("scales", [(0.5, 0.1, 3.0), (0.2, 0.2, 1.0)])
+def test_each_part_has_its_own_learning_rate(layout, data, scales):
+    """AdamW's step is proportional to the rate: with scales each part moves by its factor of what it moves without."""
+    moves = []
+    (packs,) = steps_of(data, 1, ("pictures",))
+    for scale in (PartScales(), PartScales(vision=scales[0], projector=scales[1], language=scales[2])):
+        model, optimizers = make(layout, optim=replace(OPTIM, lr_scale=scale))
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        train_step(optimizers, packs, layout, lr=1e-2, divisor="global")
+        moves.append({name: p.detach() - before[name] for name, p in model.named_parameters()})
+    factors = dict(zip(("vision_model", "projector", "language_model"), scales, strict=True))
+    for name, plain in moves[0].items():
+        # Weights near 1 are rounded to 1.2e-7.
+        torch.testing.assert_close(
+            moves[1][name], plain * factors[name.partition(".")[0]], rtol=1e-3, atol=5e-7, msg=name
+        )
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_what_nobody_holds_is_freed_after_training(layout, data, kept):
+    """What autograd holds leads to the model's config: were the optimizers held by it, nothing would be freed."""
+    model, optimizers = make(layout, optim=replace(OPTIM, distributed=True))
+    if kept:
+        model.config.no_sync_func = optimizers.no_sync
+    (packs,) = steps_of(data, 1)
+    assert train_step(optimizers, packs, layout, lr=1e-3, divisor="pack").applied
+    watched = [weakref.ref(side.ddp) for side in optimizers.sides]
+    watched += [weakref.ref(model), weakref.ref(optimizers), weakref.ref(next(model.parameters()))]
+    del model, optimizers
+    gc.collect()
+    assert [one() is not None for one in watched] == [kept] * 5
 
 
 @pytest.mark.parametrize("train", [("projector",), ("language",), ("vision", "projector")])

@@ -48,6 +48,11 @@ def config(data, tmp_path):
     return tiny_runs.run_config(data, tmp_path)
 
 
+def at_once(config):
+    """Checkpoints are there when the next step begins, so that a test knows which there are."""
+    return replace(config, checkpoint=replace(config.checkpoint, in_background=False))
+
+
 @pytest.mark.parametrize("step", range(1, STEPS))
 def test_stopped_by_sigterm_at_any_step(whole, config, step):
     first = running.run(config, running.stop_at(step))
@@ -101,6 +106,7 @@ def test_every_signal_asks_for_a_save_once(config):
 
 def test_lost_between_checkpoints(whole, config):
     """Killed after step 5, whose last checkpoint is of step 4: the rows after it are taken again."""
+    config = at_once(config)
 
     def killed(run):
         account = run._account

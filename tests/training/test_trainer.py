@@ -2,8 +2,10 @@
 
 import errno
 import fcntl
+import gc
 import json
 import math
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +29,18 @@ def config(data, tmp_path):
     return tiny_runs.run_config(data, tmp_path, steps=3)
 
 
+def test_a_stage_that_is_over_leaves_no_memory_to_the_next_one(config, data):
+    watched = []
+
+    def watch(run):
+        watched.extend(weakref.ref(one) for one in (run, run.engine, next(run.model.parameters()), run.stream))
+
+    running.run(tiny_runs.with_evaluation(config, data), watch)
+    for _ in range(2):  # a tensor that C++ holds too is let go by the first pass, and freed by the second
+        gc.collect()
+    assert [one() is None for one in watched] == [True] * 4
+
+
 def test_a_run_leaves_its_folder_and_a_second_one_finds_nothing_to_do(config, data):
     config = tiny_runs.with_evaluation(config, data)
     assert trainer.run(config) == ExitCode.OK
@@ -45,7 +59,7 @@ def test_a_run_leaves_its_folder_and_a_second_one_finds_nothing_to_do(config, da
     before = {file: file.stat().st_mtime_ns for file in path.rglob("*") if file.is_file()}
     assert trainer.run(config) == ExitCode.OK
     after = {file: file.stat().st_mtime_ns for file in path.rglob("*") if file.is_file()}
-    assert {file.name for file in after if after[file] != before.get(file)} <= {"config.yaml"}
+    assert {file.name for file in after if after[file] != before.get(file)} <= {"config.yaml", ".lock"}
 
 
 def test_options_that_decide_nothing_may_change_and_others_are_refused_with_their_difference(config):
@@ -191,14 +205,14 @@ def test_too_many_bad_steps_end_the_run_with_the_last_one_named(config):
 def test_a_full_disk_keeps_the_checkpoint_before_and_the_run_goes_on_later(config, monkeypatch):
     from nemovl_train.checkpoint import sealed
 
-    write = sealed._write
+    write = sealed.write_hashed
 
     def full(path, text):
         if "step_00000003" in str(path):
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        write(path, text)
+        return write(path, text)
 
-    monkeypatch.setattr(sealed, "_write", full)
+    monkeypatch.setattr(sealed, "write_hashed", full)
     with pytest.raises(CheckpointError, match=r"no space left in .*checkpoints.*run the same command again"):
         trainer.run(config)
     checkpoints = StageFolder.of(config).checkpoints
@@ -256,7 +270,9 @@ def test_closing_goes_on_after_a_failure(config):
 
 def test_a_folder_in_use_is_refused_and_free_again_afterwards(config):
     def second_process(run):
-        with pytest.raises(CheckpointError, match="is in use by another process: wait until it ends, or stop it"):
+        with pytest.raises(
+            CheckpointError, match=r"is in use by another process \(process \d+ on .*\): wait until it ends, or stop it"
+        ):
             StageFolder.of(config).claim()
 
     assert running.run(config, second_process).code == ExitCode.OK
@@ -265,6 +281,25 @@ def test_a_folder_in_use_is_refused_and_free_again_afterwards(config):
     with pytest.raises(ConfigError):
         trainer.run(other)
     assert trainer.run(config) == ExitCode.OK
+
+
+def test_accepted_changes_are_listed_and_the_run_goes_on(config, caplog):
+    running.run(config, running.stop_at(2))
+    other = replace(config, optim=replace(config.optim, lr=0.5), trainer=replace(config.trainer, spike_sigma=9.0))
+    with pytest.raises(ConfigError, match=r"'checkpoint\.accept_changes=\[optim\.lr,trainer\.spike_sigma\]'"):
+        trainer.run(other)
+    half = replace(other, checkpoint=replace(other.checkpoint, accept_changes=("optim.lr",)))
+    with pytest.raises(ConfigError, match=r"another run: trainer\.spike_sigma: 0\.0 -> 9\.0") as error:
+        trainer.run(half)
+    assert "optim.lr: " not in str(error.value)
+    accepted = replace(other, checkpoint=replace(other.checkpoint, accept_changes=("optim", "trainer.spike_sigma")))
+    assert running.run(accepted, running.stop_at(2)).code == ExitCode.OK
+    assert "continuing with another option, as allowed: optim.lr: 0.003 -> 0.5" in caplog.text
+    assert [row["step"] for row in running.rows(config)] == [1, 2, 3]
+    # From here on the new options are the run's.
+    assert trainer.run(other) == ExitCode.OK
+    with pytest.raises(ConfigError, match=r"optim\.lr: 0\.5 -> 0\.003"):
+        trainer.run(config)
 
 
 def test_a_file_system_without_locks_is_used_with_a_warning(config, monkeypatch, caplog):

@@ -32,10 +32,10 @@ exec(sys.argv[2])
 sys.exit(guarded(lambda: trainer.run(load_yaml(RunConfig, Path(sys.argv[1])))))
 """
 FULL_DISK_ON_RANK_ZERO = """
-from megatron.core.dist_checkpointing import serialization
+from nemovl_train.checkpoint import sealed
 def full(*args):
     raise OSError(28, "No space left on device")
-serialization.save_config = full
+sealed.write_hashed = full
 """
 BAD_WEIGHT_ON_RANK_ONE = """
 from dataclasses import replace
@@ -94,21 +94,32 @@ def config(data, tmp_path):
     ids=["cp2", "cp2 heads", "tp2 sp"],
 )
 def test_a_whole_run_with_evaluation_is_that_of_one_process(data, tmp_path, parallel):
-    alone = tiny_runs.with_evaluation(tiny_runs.run_config(data, tmp_path / "alone", steps=3), data)
+    alone, shared = (
+        tiny_runs.with_evaluation(tiny_runs.run_config(data, tmp_path / name, steps=3), data)
+        for name in ("alone", "shared")
+    )
+    while_training = replace(alone.evaluation, every_steps=1, keep_best=True)
+    alone, shared = (replace(config, evaluation=while_training) for config in (alone, shared))
     running.run(alone)
-    shared = tiny_runs.with_evaluation(tiny_runs.run_config(data, tmp_path / "shared", steps=3), data)
     shared = replace(shared, parallel=parallel)
     codes, texts = start(shared, tmp_path)
     assert codes == [0, 0], texts
     for mine, theirs in zip(running.rows(shared), running.rows(alone), strict=True):
         assert mine.keys() == theirs.keys()
         for key, value in theirs.items():
-            expected = pytest.approx(value, rel=1e-4) if isinstance(value, float) else value
+            expected = pytest.approx(value, rel=1e-4) if isinstance(value, float | dict) else value
             assert mine[key] == expected, (key, theirs["step"])
     folders = [StageFolder.of(config).path for config in (shared, alone)]
     scores = [json.loads((folder / "evaluation.json").read_text())["sources"]["pictures"] for folder in folders]
     assert scores[0] == {**scores[1], "loss": pytest.approx(scores[1]["loss"], rel=1e-4)}
     assert len({(folder / "predictions.json").read_text() for folder in folders}) == 1
+    measured = [
+        [json.loads(line)["loss"] for line in (folder / "validation.jsonl").read_text().splitlines()]
+        for folder in folders
+    ]
+    assert measured[0] == pytest.approx(measured[1], rel=1e-4)
+    best = [{path.name for path in (folder / "best").iterdir()} for folder in folders]
+    assert best[0] == best[1] == {f"step_{1 + measured[1].index(min(measured[1])):08d}"}
 
 
 def test_a_run_goes_on_in_another_layout(data, tmp_path):

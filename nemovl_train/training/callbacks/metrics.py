@@ -6,6 +6,7 @@ import json
 import math
 import time
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -60,7 +61,7 @@ class MetricsFile(Callback):
         """Write the step's row, and an event when the step changed nothing."""
         state = trainer.state
         elapsed = result.seconds + data_seconds
-        row = {
+        row: dict[str, Any] = {
             "step": state.step,
             "loss": _finite(result.loss),
             "grad_norm": _finite(result.grad_norm),
@@ -78,6 +79,8 @@ class MetricsFile(Callback):
             "tokens_seen": state.tokens_seen,
             "packs_consumed": state.packs_consumed,
         }
+        if trainer.numbers is not None:
+            row |= {key: value for key, value in asdict(trainer.numbers).items() if value is not None}
         assert self.metrics is not None
         with explain_disk_errors(self.folder):
             self.metrics.write(json.dumps(row) + "\n")

@@ -40,6 +40,10 @@ class Tracker(Callback):
         }
         if result.grad_norm is not None:
             numbers["grad_norm"] = result.grad_norm
+        if trainer.numbers is not None:
+            numbers |= {f"loss/{name}": loss for name, loss in trainer.numbers.source_loss.items()}
+            if trainer.numbers.mfu is not None:
+                numbers["mfu"] = trainer.numbers.mfu
         self._guarded(lambda: self.send(numbers, trainer.state.step))
 
     def close(self) -> None:

@@ -20,7 +20,7 @@ def bring(tmp_path: Path, tokenizer_folder: Path, rules_options: dict[str, Any])
         rules = RenderRules(template="nano_v2_vl", use_thumbnail=True, **rules_options)
         names = {field.name for field in fields(ColumnOptions)}
         columns = ColumnOptions(**{"columns": {}, **{k: options.pop(k) for k in list(options) if k in names}})
-        settings = {"max_bad": 0.0, "shard_mib": 1, **options}
+        settings = {"max_bad": 0.0, "shard_mib": 1, "allow_text": True, **options}
         target = out or tmp_path / "imported"
         job = ImportOptions(
             source=source, out=target, tokenizer=tokenizer_folder, rules=rules, columns=columns, **settings

@@ -216,7 +216,7 @@ def test_a_line_of_300_mb_costs_no_memory(tmp_path, tokenizer_folder):
         limit = int(status["VmData"].split()[0]) * 1024 + 250 * 2**20
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
         tokenizer = Path({str(tokenizer_folder)!r})
-        result = run_import(ImportOptions(
+        result = run_import(ImportOptions(allow_text=True,
             source=folder / "rows.jsonl", out=folder / "out", tokenizer=tokenizer, rules=rules, max_bad=0.5))
         print(result["splits"]["train"]["samples"], result["rejected"])
     """

@@ -78,3 +78,47 @@ def test_a_transport_stream_has_a_rate():
         container.mux(stream.encode())
     shape = probe(out.getvalue())
     assert (shape.frames, shape.fps) == (20, 10.0)
+
+
+def h264(frames, **options):
+    """A clip whose frames differ everywhere, with B-pictures that refer to each other unless options say otherwise."""
+    out = io.BytesIO()
+    draw = np.random.default_rng(0).integers(0, 255, (80, 400, 3), dtype=np.uint8)
+    with av.open(out, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=30, options={"preset": "veryfast", **options})
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        for i in range(frames):
+            frame = av.VideoFrame.from_ndarray(
+                np.ascontiguousarray(draw[i % 9 : 64 + i % 9, 3 * i : 96 + 3 * i]), "rgb24"
+            )
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"bf": "0"}, {"g": "10", "x264-params": "open-gop=1"}, {"bf": "5", "b_strategy": "0"}]
+)
+@pytest.mark.parametrize("indices", [(0, 15, 30, 45, 60, 75), (7,), (1, 1, 2, 89, 89), tuple(range(90)), (88, 89)])
+def test_frames_are_the_same_when_others_are_not_decoded(options, indices):
+    data = h264(90, **options)
+    every = [frame.to_ndarray(format="rgb24") for frame in video_module.decoded_frames(data, range(90))]
+    assert len({frame.tobytes() for frame in every}) == 90
+    few = [frame.to_ndarray(format="rgb24") for frame in video_module.decoded_frames(data, indices, 90)]
+    assert len(few) == len(indices)
+    assert all((frame == every[index]).all() for frame, index in zip(few, indices, strict=True))
+
+
+def test_pictures_that_nobody_needs_are_not_decoded(monkeypatch):
+    data = h264(90, bf="5", b_strategy="0")
+    with video_module._container(data) as container:
+        needed = list(video_module._decoded(container, container.streams.video[0], {0}))
+    assert len(needed) < 60
+    # Another count than the packets': their stamps do not say which frame is which, so all are decoded.
+    assert video_module._stamps(data, 89) == []
+    assert len(video_module._stamps(data, 90)) == 90
+
+
+def test_a_short_h264_clip_is_refused_too():
+    with pytest.raises(DataError, match="ends after 1 of the 2 frames"):
+        video_tiles(h264(20), (3, 30), 64, 20)

@@ -14,6 +14,8 @@ from typing import Any
 
 import psutil
 
+from nemovl_train.doctor.facts import ask_links, open_file_limit, shared_memory_bytes
+from nemovl_train.doctor.judge import MIN_OPEN_FILES, MIN_SHARED_MEMORY
 from nemovl_train.exit_codes import ExitCode
 
 REQUIRED = ("torch", "megatron-core", "hydra-core", "transformers", "datasets", "webdataset", "av", "safetensors")
@@ -58,7 +60,8 @@ def collect(folder: Path) -> list[Check]:
     checks = [_python(), _platform(), *_versions(), _guarded("accelerator", _accelerator)]
     if importlib.util.find_spec("torch") and _cuda():
         checks += [_gpu_package(name) for name in GPU_ONLY]
-    return [*checks, _memory(), _cores(), *_folder(folder)]
+        checks.append(_guarded("links", _links))
+    return [*checks, _memory(), _cores(), _open_files(), _shared_memory(), *_folder(folder)]
 
 
 def _passed(checks: list[Check]) -> bool:
@@ -121,6 +124,27 @@ def _memory() -> Check:
     free = psutil.virtual_memory().available / GIB
     status = "ok" if free >= MIN_MEMORY_GIB else "warn"
     return Check("free memory", status, f"{free:.1f} GiB", "" if status == "ok" else "the demo wants 6 GiB")
+
+
+def _links() -> Check:
+    """Where some pairs of GPUs have NVLink, a pair without it is a fault and not a kind of machine."""
+    links = ask_links()
+    value = ", ".join(f"{count} pairs over {kind}" for kind, count in links.items()) or "one GPU"
+    mixed = "NVLink" in links and len(links) > 1
+    return Check("links", "fail" if mixed else "ok", value, "a link is down: have the node looked at" if mixed else "")
+
+
+def _open_files() -> Check:
+    limit = open_file_limit()
+    good = limit >= MIN_OPEN_FILES
+    return Check("open files", "ok" if good else "warn", str(limit), "" if good else f"ulimit -n {MIN_OPEN_FILES}")
+
+
+def _shared_memory() -> Check:
+    size = shared_memory_bytes()
+    good = size >= MIN_SHARED_MEMORY
+    hint = "" if good else "data workers hand packs over there: a container wants --shm-size=16g"
+    return Check("shared memory", "ok" if good else "warn", f"{size / GIB:.1f} GiB", hint)
 
 
 def _cores() -> Check:

@@ -1,0 +1,192 @@
+"""What checkpoints cost a run: steps without saves, with saves in the background, and with saves that are waited for.
+
+On a CPU, with 24 million parameters:
+
+    python benchmarks/async_save.py --out benchmarks/results/async_save_cpu.json
+
+On one GPU, with 1.1 billion parameters (weights and optimizer state together 15 GB, as much host memory, and twice
+that on the disk):
+
+    python benchmarks/async_save.py --size 1b --every 50 --steps 150 --work /scratch/async_save --out async_save.json
+
+Every mode runs on the same packs, in turn, the rounds interleaved so that a drift of the machine hits all of them.
+"""
+
+import argparse
+import json
+import platform
+import resource
+import shutil
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemovl_train.checkpoint.retention import Keep
+from nemovl_train.checkpoint.saving import Saver
+from nemovl_train.config.schema import (
+    LanguageConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    ProjectorConfig,
+    TokenIds,
+    VisionConfig,
+)
+from nemovl_train.model.vlm import build_model
+from nemovl_train.parallel.layout import Layout
+from nemovl_train.training.optimizer import Optimizers
+from nemovl_train.training.step import train_step
+
+# isort: split
+from data_pipelines.schema import Pack
+
+MODES = ("none", "background", "waited for")
+SIZES = {
+    "24m": {"hidden_size": 256, "ffn_hidden_size": 1024, "heads": 8, "mamba_heads": 8, "layers": 4, "tokens": 1024},
+    "1b": {"hidden_size": 2048, "ffn_hidden_size": 8192, "heads": 16, "mamba_heads": 64, "layers": 8, "tokens": 8192},
+}
+
+
+def model_config(size: dict[str, int]) -> ModelConfig:
+    """Language model of the released pattern's layers; the tower plays no part in what a save costs."""
+    language = LanguageConfig(
+        hidden_size=size["hidden_size"],
+        hybrid_pattern="M-*-" * size["layers"],
+        num_attention_heads=size["heads"],
+        num_query_groups=8,
+        head_dim=size["hidden_size"] // size["heads"],
+        ffn_hidden_size=size["ffn_hidden_size"],
+        mamba_num_heads=size["mamba_heads"],
+        mamba_head_dim=64,
+        mamba_state_dim=128 if size["hidden_size"] > 1000 else 32,
+        mamba_num_groups=8,
+        vocab_size=32768,
+        base_vocab_size=32768,
+    )
+    return ModelConfig(
+        name="async-save",
+        parts=("language",),
+        language=language,
+        vision=VisionConfig(),
+        projector=ProjectorConfig(),
+        tokens=TokenIds(),
+    )
+
+
+def make_pack(length: int, vocabulary: int, number: int) -> Pack:
+    """Random tokens in one document: what they are does not change what a save costs."""
+    generator = torch.Generator().manual_seed(number)
+    ids = torch.randint(0, vocabulary, (length,), generator=generator)
+    return Pack(
+        input_ids=ids,
+        labels=ids.roll(-1),
+        loss_weight=torch.ones(length),
+        position_ids=torch.arange(length),
+        seq_idx=torch.zeros(length, dtype=torch.int32),
+        cu_seqlens=torch.tensor([0, length], dtype=torch.int32),
+        max_seqlen=length,
+        tiles=torch.zeros(0, 3, 512, 512, dtype=torch.uint8),
+        tile_token_start=torch.zeros(0, dtype=torch.int64),
+        media_of_tile=torch.zeros(0, dtype=torch.int32),
+        is_thumbnail=torch.zeros(0, dtype=torch.bool),
+        frame_time=torch.zeros(0),
+        sample_keys=("random",),
+        dataset_ids=("random",),
+        stats={"tokens": length, "supervised_tokens": length, "visual_tokens": 0},
+        index=number,
+    )
+
+
+class Bench:
+    """One model that is trained on in every mode."""
+
+    def __init__(self, size: dict[str, int], work: Path, every: int) -> None:
+        self.layout = Layout.create(ParallelConfig())
+        self.dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+        config = model_config(size)
+        self.model = build_model(config, self.layout, params_dtype=self.dtype, seed=1)
+        options = OptimConfig(lr=1e-5)
+        self.optimizers = Optimizers(self.model, self.layout, options, self.dtype)
+        self.packs = [make_pack(size["tokens"], config.language.vocab_size, number) for number in range(2)]
+        self.work, self.every, self.step = work, every, 0
+
+    def run(self, mode: str, steps: int) -> dict[str, Any]:
+        """Seconds of `steps` steps in a mode, from a quiet start to the last save published and checked."""
+        shutil.rmtree(self.work, ignore_errors=True)
+        saver = Saver(self.work, "bench", Keep(last=1))
+        stalls, began = [], self._now(reset_peak=True)
+        for number in range(1, steps + 1):
+            train_step(self.optimizers, self.packs, self.layout, lr=1e-5, divisor="global")
+            self.step += 1
+            if mode != "none" and not saver.idle and not saver.busy:
+                saver.advance()
+            if mode != "none" and number % self.every == 0:
+                before = self._now()
+                saver.start(self.step, model=self.model, optimizer=self.optimizers, state={})
+                if mode == "waited for":
+                    saver.finish()
+                stalls.append(self._now() - before)
+        trained = self._now() - began
+        saver.finish()
+        return {
+            "mode": mode,
+            "seconds": trained,
+            "seconds_with_the_last_save": self._now() - began,
+            "stalls": stalls,
+            "save_seconds": saver.seconds,
+            "host_stage_bytes": sum(slab.nbytes for slab in saver._stage._slabs),
+            "gpu_peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+        }
+
+    def checkpoint_bytes(self) -> int:
+        """Size of the newest checkpoint."""
+        return sum(path.stat().st_size for path in self.work.rglob("*") if path.is_file())
+
+    def _now(self, *, reset_peak: bool = False) -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            if reset_peak:
+                torch.cuda.reset_peak_memory_stats()
+        return time.perf_counter()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="24m")
+    parser.add_argument("--steps", type=int, default=50, help="steps of a mode in a round")
+    parser.add_argument("--every", type=int, default=50, help="steps between two saves")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, help="tokens of a pack instead of the size's")
+    parser.add_argument("--work", type=Path, default=Path("runs/async_save"), help="where checkpoints go")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    size = SIZES[args.size] | ({"tokens": args.tokens} if args.tokens else {})
+    bench = Bench(size, args.work, args.every)
+    bench.run("none", 2)
+    rounds = [bench.run(mode, args.steps) for _ in range(args.rounds) for mode in MODES]
+    medians = {m: statistics.median(r["seconds"] for r in rounds if r["mode"] == m) for m in MODES}
+    saved = [row for row in rounds if row["mode"] == "background"]
+    result = {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "torch": torch.__version__,
+        "parameters": bench.optimizers.num_parameters(),
+        "dtype": str(bench.dtype),
+        "steps": args.steps,
+        "every": args.every,
+        "seconds": medians,
+        "cost": {mode: medians[mode] / medians["none"] - 1 for mode in MODES[1:]},
+        "stall_share": statistics.median(sum(r["stalls"]) / r["seconds"] for r in saved),
+        "checkpoint_bytes": bench.checkpoint_bytes(),
+        "host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "rounds": rounds,
+    }
+    shutil.rmtree(args.work, ignore_errors=True)
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps({key: value for key, value in result.items() if key != "rounds"}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""Adapters on their way out: merged weights give the same logits, and `peft` on Transformers' own model as well."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import tiny_runs
+import torch
+
+from nemovl_train.checkpoint import sealed
+from nemovl_train.checkpoint.base import base_of
+from nemovl_train.config.schema import AdapterConfig, AdapterTargets
+from nemovl_train.convert import adapters as converting
+from nemovl_train.convert.adapters import export_adapters, export_merged, merge_checkpoint
+from nemovl_train.convert.checkpoints import export_checkpoint, find_checkpoint, single_process_model
+from nemovl_train.convert.ours_check import compute
+from nemovl_train.convert.probe import make_probe
+from nemovl_train.convert.verify import verify
+from nemovl_train.exceptions import ConversionError
+from nemovl_train.model.lora import Adapter
+from nemovl_train.training import trainer
+from nemovl_train.training.folder import StageFolder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tiny_runs.write_data(tmp_path_factory.mktemp("data"))
+
+
+def adapted_run(data, root, targets, *, params="fp32", parts=("vision", "projector", "language"), train=()):
+    """The folder of a run with adapters whose second halves have moved far, on a base of one step."""
+    config = tiny_runs.run_config(data, root, sources=("text",), steps=1, train=parts)
+    precision = replace(config.precision, params=params)
+    config = replace(config, precision=precision, model=replace(config.model, parts=parts))
+    trainer.run(config)
+    trained = replace(config.trainer, init_from=str(StageFolder.of(config).path), train=train, steps=3)
+    if "vision" in parts:
+        pictures = tiny_runs.run_config(data, root, sources=("pictures",)).data
+        config = replace(config, data=pictures)
+    config = replace(
+        config,
+        run=replace(config.run, stage="adapters"),
+        trainer=trained,
+        adapter=AdapterConfig(rank=4, alpha=16.0, targets=targets),
+        optim=replace(config.optim, lr=0.05, warmup_fraction=0.0),
+    )
+    trainer.run(config)
+    return StageFolder.of(config).path, config
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    targets = AdapterTargets(vision=("*",), projector=("*",), language=("*",))
+    return adapted_run(data, tmp_path_factory.mktemp("whole"), targets)
+
+
+@pytest.fixture(scope="module")
+def text(data, tmp_path_factory):
+    targets = AdapterTargets(language=("*",))
+    return adapted_run(data, tmp_path_factory.mktemp("text"), targets, parts=("language",))
+
+
+def outputs(folder, config, *, base=None):
+    """What a checkpoint computes in float32, with adapters when `base` is given."""
+    with torch.no_grad():
+        if base is None:
+            with single_process_model(config.model, torch.float32) as model:
+                sealed.load(find_checkpoint(folder), model=model)
+                return compute(model.eval(), config.model, make_probe(config.model))
+        with converting._adapted_model(folder, config, torch.float32, base) as model:
+            return compute(model, config.model, make_probe(config.model))
+
+
+def test_merged_weights_give_the_adapters_logits(whole, tmp_path):
+    folder, config = whole
+    made = merge_checkpoint(folder, tmp_path / "merged")
+    checkpoint = find_checkpoint(folder)
+    with_adapters = outputs(checkpoint, config, base=base_of(checkpoint))
+    merged, base = outputs(tmp_path / "merged", config), outputs(base_of(checkpoint), config)
+    for name in ("text_logits", "mixed_logits"):
+        assert (merged[name] - with_adapters[name]).abs().max() <= 1e-5 * with_adapters[name].abs().max()
+        assert (merged[name] - base[name]).abs().max() > 0.05, "the adapters do nothing: the comparison shows nothing"
+    assert made["largest_difference"] <= 1e-5 * made["largest_logit"]
+
+
+def test_a_wrong_merge_is_refused(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(Adapter, "merged", lambda self, weight: weight.float() + self.lora_b @ self.lora_a)  # no scale
+    with pytest.raises(ConversionError, match="other logits than the adapters"):
+        merge_checkpoint(whole[0], tmp_path / "merged")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_merged_run_is_exported_and_verified(whole, tmp_path):
+    merge_checkpoint(whole[0], tmp_path / "merged")
+    export_checkpoint(tmp_path / "merged", tmp_path / "hf")
+    card = (tmp_path / "hf/README.md").read_text()
+    assert '"rank": 4' in card
+    assert "largest_difference" in card
+    assert verify(tmp_path / "hf", reference=tmp_path / "merged")["ok"]
+    export_merged(whole[0], tmp_path / "at_once")
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("hf", "at_once")]
+    assert files[0] == files[1]
+    assert {path.name for path in tmp_path.iterdir()} == {"merged", "hf", "at_once"}
+
+
+def test_a_moved_base_is_named(whole, tmp_path):
+    folder, _ = whole
+    run = tmp_path / "run"
+    shutil.copytree(folder.parent, run)
+    base = run / "train"
+    base.rename(run / "elsewhere")
+    shutil.copytree(run / "adapters", run / "copy")
+    state = next((run / "copy/checkpoints").glob("*3/state.json"))
+    raw = json.loads(state.read_text())
+    raw["parent"] = str(base / "checkpoints/step_00000001")
+    state.write_text(json.dumps(raw))
+    with pytest.raises(ConversionError, match="not at"):
+        merge_checkpoint(run / "adapters", tmp_path / "none", base=base / "checkpoints/step_00000001")
+    made = merge_checkpoint(run / "adapters", tmp_path / "out", base=run / "elsewhere/checkpoints/step_00000001")
+    assert made["largest_difference"] <= 1e-5 * made["largest_logit"]
+
+
+def test_what_has_no_adapters_or_no_whole_model_says_so(whole, tmp_path):
+    folder, _ = whole
+    with pytest.raises(ConversionError, match="has no adapters"):
+        merge_checkpoint(folder.parent / "train", tmp_path / "out")
+    with pytest.raises(ConversionError, match="nemovl convert merge"):
+        export_checkpoint(folder, tmp_path / "out")
+
+
+def test_a_bf16_run_is_merged_in_float32(data, tmp_path):
+    folder, _ = adapted_run(data, tmp_path, AdapterTargets(language=("*",)), params="bf16")
+    made = merge_checkpoint(folder, tmp_path / "merged")
+    assert made["largest_difference"] <= 1e-5 * made["largest_logit"]
+    state = json.loads((find_checkpoint(tmp_path / "merged") / "state.json").read_text())
+    assert state["dtype"] == "bfloat16"
+    export_checkpoint(tmp_path / "merged", tmp_path / "hf")
+
+
+def test_peft_on_transformers_own_model_computes_the_same(text, tmp_path, monkeypatch):
+    from peft import PeftModel
+    from transformers import NemotronHForCausalLM
+
+    # The library's guard is against a fused CUDA kernel; on a CPU the layer is called.
+    monkeypatch.setattr("peft.tuners.tuners_utils._check_lora_target_modules_mamba", lambda *args: None)
+    folder, config = text
+    base = base_of(find_checkpoint(folder))
+    export_checkpoint(base, tmp_path / "hf")
+    made = export_adapters(folder, tmp_path / "peft")
+    assert made["left_out"] == []
+    assert made["layers"] == 8  # M*-: in, out; q, k, v, out; up, down
+    native = NemotronHForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
+    for layer in native.model.layers:
+        if hasattr(layer.mixer, "time_step_limit"):
+            layer.mixer.time_step_limit = (0.0, float("inf"))
+    ids = make_probe(config.model).text[None]
+    with torch.no_grad():
+        alone = native(ids).logits[0]
+        loaded = PeftModel.from_pretrained(native, tmp_path / "peft").eval()
+        theirs = loaded(ids).logits[0]
+    checkpoint = find_checkpoint(folder)
+    ours = outputs(checkpoint, config, base=base)["text_logits"]
+    assert (theirs - ours).abs().max() <= 1e-4 * ours.abs().max()
+    assert (alone - ours).abs().max() > 0.05, "the adapters do nothing: the comparison shows nothing"
+
+
+def test_what_peft_refuses_is_said_at_export(text, tmp_path, caplog):
+    from peft import PeftModel
+    from transformers import NemotronHForCausalLM
+
+    folder, _ = text
+    export_checkpoint(base_of(find_checkpoint(folder)), tmp_path / "hf")
+    export_adapters(folder, tmp_path / "peft")
+    assert "peft opens no adapters on a Mamba layer's out_proj" in caplog.text
+    native = NemotronHForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    with pytest.raises(ValueError, match="out_proj"):
+        PeftModel.from_pretrained(native, tmp_path / "peft")
+
+
+def test_parts_that_a_peft_folder_cannot_hold_are_named(whole, tmp_path, caplog):
+    made = export_adapters(whole[0], tmp_path / "peft")
+    assert made["left_out"] == ["vision", "projector"]
+    assert "--merge keeps it" in caplog.text

@@ -1,0 +1,166 @@
+"""Held-out loss while training: what it measures, that it changes nothing, what is kept, and when a run ends."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import running
+import tiny_runs
+import torch
+
+from data_pipelines.loader import heldout_packs
+from nemovl_train.checkpoint import sealed
+from nemovl_train.evaluation.run import Score, evaluation_data
+from nemovl_train.exit_codes import ExitCode
+from nemovl_train.model.batch import PackBatch
+from nemovl_train.parallel.layout import Layout
+from nemovl_train.training import trainer, validation
+from nemovl_train.training.folder import StageFolder
+from nemovl_train.training.state import read_state
+from nemovl_train.training.trainer import Trainer
+
+STEPS = 6
+
+
+def validated(data, root, **options):
+    config = tiny_runs.with_evaluation(tiny_runs.run_config(data, root, steps=STEPS), data)
+    sources = {**config.evaluation.sources, "text": str(data / "text")}
+    return replace(config, evaluation=replace(config.evaluation, sources=sources, **options))
+
+
+def rows(config) -> list[dict]:
+    path = StageFolder.of(config).path / "validation.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    config = validated(data, tmp_path_factory.mktemp("whole"), every_steps=1, keep_best=True)
+    outcome = running.run(config)
+    assert outcome.code == ExitCode.OK
+    return config, outcome
+
+
+@pytest.fixture
+def losses(monkeypatch):
+    """Held-out losses as a test wants them, by step."""
+    wanted: dict[int, float] = {}
+    step = 0
+    after = validation.Validation.after_step
+
+    def spied(self, trainer):
+        nonlocal step
+        step = trainer.state.step
+        after(self, trainer)
+
+    monkeypatch.setattr(validation.Validation, "after_step", spied)
+    monkeypatch.setattr(validation, "mean_loss", lambda scores: wanted[step])
+    return wanted
+
+
+def test_it_measures_the_heldout_loss_and_changes_nothing(data, whole, tmp_path):
+    config, outcome = whole
+    plain = validated(data, tmp_path)
+    other = running.run(plain)
+    assert all(torch.equal(outcome.tensors[name], tensor) for name, tensor in other.tensors.items())
+    assert running.rows(config) == running.rows(plain)
+    assert not (StageFolder.of(plain).path / "validation.jsonl").exists()
+    found = rows(config)
+    assert [row["step"] for row in found] == list(range(1, STEPS + 1))
+    assert set(found[0]["sources"]) == {"pictures", "text"}
+    assert found[-1]["loss"] == pytest.approx(sum(found[-1]["sources"].values()) / 2)
+    # The last one is what the evaluation at the end measures.
+    final = json.loads((StageFolder.of(config).path / "evaluation.json").read_text())["sources"]
+    assert {name: row["loss"] for name, row in final.items()} == found[-1]["sources"]
+    assert outcome.state["best_loss"] == min(row["loss"] for row in found)
+
+
+def test_best_weights_are_those_of_the_best_step(data, whole):
+    config, _ = whole
+    found = rows(config)
+    best = min(found, key=lambda row: row["loss"])
+    (folder,) = (StageFolder.of(config).path / "best").iterdir()
+    assert folder.name == f"step_{best['step']:08d}"
+    assert read_state(folder).best_step == best["step"]
+    layout = Layout.create(config.parallel, config.model.language)
+    try:
+        from nemovl_train.model.vlm import build_model
+
+        model = build_model(config.model, layout, params_dtype=torch.float32, backend="torch", seed=1).eval()
+        sealed.load(folder, model=model)
+        nats = tokens = 0.0
+        options = {"tokens_per_tile": 4, "split": "heldout", "max_samples": 4}
+        for pack in heldout_packs(evaluation_data(config), "text", **options):
+            with torch.no_grad():
+                losses = model(PackBatch.from_pack(pack, layout))
+            nats, tokens = nats + float(losses.double().sum()), tokens + int((pack.labels >= 0).sum())
+    finally:
+        layout.destroy()
+    assert best["sources"]["text"] == pytest.approx(nats / tokens, rel=1e-6)
+
+
+def test_it_decides_the_same_when_resumed(data, whole, tmp_path):
+    config, outcome = whole
+    cut = validated(data, tmp_path, every_steps=1, keep_best=True)
+    assert running.run(cut, running.stop_at(3)).code == ExitCode.REQUEUE
+    # A measurement that was made and lost again: the run died before it saved the step.
+    path = StageFolder.of(cut).path / "validation.jsonl"
+    path.write_text(path.read_text() + json.dumps({"step": 4, "loss": 0.0}) + "\n")
+    running.assert_same_end(cut, running.run(cut), config, outcome)
+    assert rows(cut) == rows(config)
+
+
+def test_a_run_ends_early_and_is_done(data, tmp_path, losses):
+    config = validated(data, tmp_path, every_steps=1, keep_best=True, patience=2)
+    losses |= {1: 3.0, 2: 2.0, 3: 2.0, 4: 2.5}
+    outcome = running.run(config)
+    assert outcome.code == ExitCode.OK
+    folder = StageFolder.of(config)
+    assert (outcome.state["step"], outcome.state["best_step"], outcome.state["stale_validations"]) == (4, 2, 2)
+    assert json.loads((folder.path / "stopped_early.json").read_text()) == {"step": 4, "best_step": 2, "best_loss": 2.0}
+    assert [p.name for p in (folder.path / "best").iterdir()] == ["step_00000002"]
+    assert folder.is_done()
+    assert folder.last_checkpoint.name == "step_00000004"
+    assert json.loads((folder.path / "evaluation.json").read_text())["step"] == 4
+    assert trainer.run(config) == ExitCode.OK  # nothing left to do
+    assert len(rows(config)) == 4
+
+
+def test_patience_counts_over_a_restart(data, tmp_path, losses):
+    config = validated(data, tmp_path, every_steps=1, patience=3)
+    losses |= {1: 2.0, 2: 3.0, 3: 3.0, 4: 3.0, 5: 1.0}
+    assert running.run(config, running.stop_at(3)).code == ExitCode.REQUEUE
+    outcome = running.run(config)
+    assert (outcome.state["step"], outcome.state["best_step"]) == (4, 1)
+    assert not (StageFolder.of(config).path / "best").exists()
+
+
+def test_a_better_loss_starts_the_count_again(data, tmp_path, losses):
+    config = validated(data, tmp_path, every_steps=1, patience=2)
+    losses |= {1: 2.0, 2: 3.0, 3: 1.9, 4: 3.0, 5: 1.8, 6: 3.0}
+    outcome = running.run(config)
+    assert (outcome.state["step"], outcome.state["best_step"]) == (6, 5)
+    assert not (StageFolder.of(config).path / "stopped_early.json").exists()
+
+
+def test_killed_between_the_end_and_its_evaluation(data, tmp_path, losses, monkeypatch):
+    config = validated(data, tmp_path, every_steps=1, patience=1)
+    losses |= {1: 2.0, 2: 3.0}
+    finish = Trainer._finish
+    monkeypatch.setattr(Trainer, "_finish", lambda self, stop: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        running.run(config)
+    assert not StageFolder.of(config).is_done()
+    monkeypatch.setattr(Trainer, "_finish", finish)
+    outcome = running.run(config)
+    assert outcome.state["step"] == 2
+    assert not outcome.digests  # no step was taken again
+    assert StageFolder.of(config).is_done()
+
+
+def test_mean_of_the_sets():
+    scores = {"a": Score(nats=10.0, tokens=5), "b": Score(nats=1.0, tokens=1), "empty": Score()}
+    assert validation.mean_loss(scores) == pytest.approx(1.5)
+    assert validation.mean_loss({"empty": Score()}) == math.inf
+    assert validation.mean_loss({"a": Score(nats=math.nan, tokens=1)}) == math.inf
