@@ -56,11 +56,10 @@ ROWS = (
     ),
     Row(
         "SIGKILL of one rank",
-        "the others stop within seconds with one sentence; the same command, given again, continues to the same end "
-        "(open: a restart by torchrun itself does not come up over gloo)",
+        "the others stop within seconds with one sentence; torchrun's restart continues to the same end",
         (
             f"{PROCESSES}::test_a_killed_rank_stops_the_others_within_seconds_and_they_say_so",
-            f"{PROCESSES}::test_killed_at_every_step_of_twelve",
+            f"{TORCHRUN}::test_a_killed_rank_is_restarted_once_and_the_run_ends_as_if_nothing_had_been",
         ),
     ),
     Row(

@@ -39,7 +39,6 @@ def clean(data, tmp_path, run):
     return final(config)
 
 
-@pytest.mark.xfail(reason="after a restart by torchrun, gloo connects to the addresses of the processes before it")
 def test_a_killed_rank_is_restarted_once_and_the_run_ends_as_if_nothing_had_been(data, tmp_path, clean):
     config = tiny_runs.run_config(data, tmp_path)
     process = start(config, tmp_path, "step", "kill", 1, 4, restarts=1)
