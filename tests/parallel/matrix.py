@@ -320,7 +320,7 @@ def save_adapters(folder: Path) -> None:
     for _ in range(ADAPTED.steps):
         train_step(model, optimizers, packs, layout, lr=optim.lr, divisor="global")
     saved = TrainedWeights(model)
-    sealed.save(folder / "adapters", ADAPTED.steps, model=saved, optimizer=optimizers, state={}, run_id="adapters")
+    saving.save(folder / "adapters", ADAPTED.steps, model=saved, optimizer=optimizers, state={}, run_id="adapters")
     found = {n: whole(p.detach(), p, n, layout) for n, p in model.named_parameters() if n in saved.names}
     loss = train_step(model, optimizers, packs, layout, lr=optim.lr, divisor="global").loss
     if dist.get_rank() == 0:
@@ -492,7 +492,9 @@ def run_ranks(ranks: int, folder: Path, names: Iterable[str], *options: str, tim
             if time.monotonic() > deadline:
                 break
             time.sleep(0.1)
-        failed = next((rank for rank, p in enumerate(started) if p.poll() != 0), None)
+        ended = [p.poll() for p in started]
+        late = next((rank for rank, code in enumerate(ended) if code is None), None)
+        failed = next((rank for rank, code in enumerate(ended) if code), late)
         for process in started:
             process.kill()
         if failed is not None:

@@ -148,7 +148,7 @@ def test_killed_between_the_end_and_its_evaluation(data, tmp_path, losses, monke
     config = validated(data, tmp_path, every_steps=1, patience=1)
     losses |= {1: 2.0, 2: 3.0}
     finish = Trainer._finish
-    monkeypatch.setattr(Trainer, "_finish", lambda self, stop: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(Trainer, "_finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         running.run(config)
     assert not StageFolder.of(config).is_done()
