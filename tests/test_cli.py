@@ -189,7 +189,10 @@ def test_plan_prints_tables_or_one_document(capsys):
     assert code == ExitCode.OK
     for part in ("8 x H100 80 GB (1 node)", "13.18B", "53,644 steps", "GiB of 79.6", "MFU", "warnings", " left"):
         assert part in out, part
-    assert "not yet available: tower recomputed" in run(capsys, "plan", stage, "cluster=h100_x4")[1]
+    assert (
+        "set recompute.language=full recompute.vision=full"
+        in run(capsys, "plan", stage, "cluster=h100_x4", "recompute.language=none")[1]
+    )
     one = json.loads(run(capsys, "plan", stage, "--json", "cluster=h100_x8")[1])
     assert one["layout"]["tp"] == 8
     ranked = json.loads(run(capsys, "plan", stage, "cluster=h100_x8", "--json", "--search")[1])

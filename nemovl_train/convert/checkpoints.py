@@ -131,7 +131,7 @@ def export_checkpoint(
     Raises:
         ConversionError: No complete checkpoint, no tokenizer where one is needed, or `out` exists.
     """
-    found = _find(source)
+    found = _find_whole(source)
     folder, (info, tensors) = found.folder, _open(found)
     kind = kind_of(info.config)
     tokenizer = tokenizer or info.tokenizer
@@ -235,12 +235,16 @@ def checkpoint_tensors(path: Path) -> tuple[CheckpointInfo, Tensors]:
     Raises:
         ConversionError: There is no complete checkpoint, or it holds adapters alone.
     """
+    return _open(_find_whole(path))
+
+
+def _find_whole(path: Path) -> Verified:
     found = _find(path)
     try:
         refuse_adapters(found.folder)
     except CheckpointError as error:
         raise ConversionError(str(error)) from error
-    return _open(found)
+    return found
 
 
 def _open(found: Verified) -> tuple[CheckpointInfo, Tensors]:

@@ -144,13 +144,18 @@ def _refuse_other_values(document: Mapping[str, Any], fixed: Mapping[str, Any], 
     report(wrong, f"{where} describes a model that cannot be expressed here")
 
 
+def _float(value: Any) -> float:
+    """A number of a config; Transformers 5 writes what JSON has no number for as `{"__float__": "Infinity"}`."""
+    return float(value["__float__"] if isinstance(value, dict) else value)
+
+
 def _language(llm: Mapping[str, Any], rows: int, base_rows: int, where: Path) -> LanguageConfig:
     _refuse_other_values(llm, FIXED_LANGUAGE, where)
     pattern = llm.get("hybrid_override_pattern")
     if pattern is None:
         types = need(llm, "hybrid_override_pattern", "layers_block_type", "layer_types", where=where)
         pattern = "".join(PATTERN.get(t, "?") for t in types)
-    low, high = llm.get("time_step_limit") or (0.0, math.inf)
+    low, high = map(_float, llm.get("time_step_limit") or (0.0, math.inf))
     if float(low) != 0.0 or float(high) != math.inf:
         raise ConversionError(f"{where}: time_step_limit is {[low, high]}; the model's time steps have no limits")
     odd = sorted(set(pattern) - set("M-*"))

@@ -94,8 +94,8 @@ class ContextAttention(MegatronModule):
             query, key, value = (t.unflatten(1, (-1, width)) for t in parts)
             return gather_columns(self._plain(query, key, value, attn_mask_type, pack).flatten(1), self.cp_group)
         gathered = gather_tokens(torch.cat([key, value], dim=1), self.cp_group)
-        key, value = keys_and_values(gathered, pack)
-        return self._plain(query, key, value, AttnMaskType.causal_bottom_right, pack.own_queries)
+        inputs = own_inputs(query, gathered, pack)
+        return self._plain(*inputs, AttnMaskType.causal_bottom_right, pack.own_queries)
 
     def _plain(self, query: Tensor, key: Tensor, value: Tensor, mask: AttnMaskType, pack: PackParams) -> Tensor:
         return self.core(query, key, value, None, attn_mask_type=mask, packed_seq_params=pack)
@@ -104,18 +104,23 @@ class ContextAttention(MegatronModule):
         return apply_rotary_pos_emb(heads.unsqueeze(1), angles, self.config, cp_group=self.cp_group).squeeze(1)
 
 
-def keys_and_values(gathered: Tensor, pack: PackParams) -> tuple[Tensor, Tensor]:
-    """Keys and values that a rank's queries can see.
+def own_inputs(query: Tensor, gathered: Tensor, pack: PackParams) -> tuple[Tensor, Tensor, Tensor]:
+    """This rank's queries, and the keys and values that they can see, each dense in memory.
+
+    Transformer Engine 2.20 recognises keys and values that lie beside each other and then takes the queries to be dense
+    without a look (`get_qkv_layout` in `attention/dot_product_attention/utils.py`). With one key/value head they are a
+    view of the fused projection and are not: it computes with the wrong numbers.
 
     Args:
+        query: [L, Q, D].
         gathered: [S, 2 * K, D], keys beside values, of all tokens of the pack.
         pack: The pack and this rank's context in it.
 
     Returns:
-        Two tensors of [end of the context - `first_key`, K, D].
+        Queries [L, Q, D]; keys and values of [end of the context - `first_key`, K, D].
     """
     key, value = gathered[pack.first_key : pack.context.stop].chunk(2, dim=1)
-    return key, value
+    return query.contiguous(), key.contiguous(), value.contiguous()
 
 
 class TorchAttention(MegatronModule):

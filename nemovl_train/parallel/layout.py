@@ -195,7 +195,12 @@ def _start_distributed(timeout_s: float) -> torch.device:
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         if all(name in os.environ for name in _TORCHRUN_VARIABLES):
-            dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+            store, rank, world_size = next(dist.rendezvous("env://"))
+            # torchrun keeps one store over its restarts: without a name of its own, gloo would find the addresses of
+            # the processes before.
+            store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+            timeout = timedelta(seconds=timeout_s)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return device

@@ -136,7 +136,9 @@ def test_every_recipe_has_a_launch_line_and_a_description():
         verb = "schedule" if recipe_kind(name) == "schedule" else "train"
         on_one = f"#   nemovl {verb} recipe={name}\n"
         on_many = f"#     -m nemovl_train.train recipe={name}\n"
-        assert on_one in text or ("#   torchrun --nnodes " in text and on_many in text)
+        on_a_node = f"-m nemovl_train.train recipe={name} "
+        many = "#   torchrun --nnodes " in text and on_many in text
+        assert on_one in text or many or ("#   torchrun --nproc-per-node " in text and on_a_node in text)
         assert describe(name)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import small_vlm
 import torch
-from test_benchmarks import docvqa, ocr
+from test_public_benchmarks import docvqa, ocr
 
 from data_pipelines.shards import write_dataset
 from nemovl_train import cli

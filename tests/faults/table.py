@@ -18,7 +18,7 @@ class Row(NamedTuple):
 
 
 SIGNALS, PROCESSES = "faults/test_signals.py", "faults/test_processes.py"
-SEALED, STORAGE = "checkpoint/test_sealed.py", "checkpoint/test_storage.py"
+SEALED, STORAGE = "checkpoint/test_sealed.py", "checkpoint/test_plain_storage.py"
 TRUST, TORCHRUN = "faults/test_trust.py", "faults/test_torchrun.py"
 RESUME, TRAINER = "training/test_resume.py", "training/test_trainer.py"
 BAD_FILES, IMAGE = "data_pipelines/importers/test_bad_files.py", "data_pipelines/media/test_image.py"
@@ -116,7 +116,7 @@ ROWS = (
     Row(
         "another number of data, tensor or context parallel ranks",
         "the same packs, and losses within 5e-6 of a run that never moved",
-        ("faults/test_layouts.py::test_ten_steps_after_the_move", "parallel/test_matrix.py::moved"),
+        ("faults/test_changed_layouts.py::test_ten_steps_after_the_move", "parallel/test_matrix.py::moved"),
     ),
     Row(
         "state that is forgotten",

@@ -10,7 +10,7 @@ import pytest
 import tiny_runs
 from ends import final, last_good_step
 
-from launch.torchrun import torchrun_command
+from launch.node import NodeJob
 from nemovl_train.config.dump import dump_yaml
 from nemovl_train.training.folder import StageFolder
 
@@ -23,12 +23,10 @@ TIMEOUT_S = 200
 def start(config, tmp_path, *fault, restarts=0):
     path = tmp_path / "config.yaml"
     path.write_text(dump_yaml(config))
-    command = torchrun_command(["recipe=tiny/stage1_sft_16k"], 2)
-    command = command[: command.index("nemovl_train.train") - 1]
-    command = [f"--max-restarts={restarts}" if part.startswith("--max-restarts") else part for part in command]
+    job = NodeJob(nproc=2, nnodes=1, rendezvous="", run_id="faults", max_restarts=restarts)
+    command = job.command([str(HERE / "torchrun_driver.py"), str(path), *map(str, fault)])
     paths = os.pathsep.join([str(HERE.parents[1]), str(HERE)])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    command += [str(HERE / "torchrun_driver.py"), str(path), *map(str, fault)]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from nemovl_train.model.attention import own_inputs
 from nemovl_train.model.packing import PackParams
 
 LENGTHS = (5, 11, 1, 7, 8)  # 32 tokens; documents start at 0, 5, 16, 17 and 24
@@ -65,3 +66,13 @@ def test_own_queries_end_where_their_keys_end(context):
     asked, seen = (cu.diff() for cu in (params.own_queries.cu_seqlens_q, params.own_queries.cu_seqlens_kv))
     assert torch.equal(asked > 0, seen > 0), "keys that nothing asks for have no gradient, and cuDNN writes none"
     assert torch.equal(params.position_ids, torch.cat([torch.arange(n) for n in LENGTHS])[context.start : context.stop])
+
+
+def test_inputs_of_gathered_attention_are_dense():
+    """Transformer Engine reads a strided view of the fused projection as if it were dense."""
+    params = pack(range(16, 32))
+    fused = torch.randn(16, 6, 4)
+    query, key, value = own_inputs(fused[:, :4], torch.arange(32 * 2 * 4.0).view(32, 2, 4), params)
+    assert torch.equal(query, fused[:, :4])
+    assert all(tensor.is_contiguous() for tensor in (query, key, value))
+    assert torch.equal(torch.cat([key, value], dim=1), torch.arange(32 * 2 * 4.0).view(32, 2, 4)[params.first_key :])

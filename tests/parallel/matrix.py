@@ -489,7 +489,9 @@ def run_ranks(ranks: int, folder: Path, names: Iterable[str], *options: str, tim
             if time.monotonic() > deadline:
                 break
             time.sleep(0.1)
-        failed = next((rank for rank, p in enumerate(started) if p.poll() != 0), None)
+        ended = [p.poll() for p in started]
+        late = next((rank for rank, code in enumerate(ended) if code is None), None)
+        failed = next((rank for rank, code in enumerate(ended) if code), late)
         for process in started:
             process.kill()
         if failed is not None:

@@ -214,10 +214,12 @@ def test_an_import_that_was_cut_off_is_made_again(finished, recipe, tmp_path, mo
     config, run = compose(recipe, tmp_path / "runs"), tmp_path / "runs" / "chain"
     with pytest.raises(KeyboardInterrupt):
         chain.run(config)
-    assert list((run / "parts" / "joined" / "checkpoints").glob(".writing_*"))
+    checkpoints = run / "parts" / "joined" / "checkpoints"
+    assert not list(checkpoints.glob("step_*"))
+    (checkpoints / ".writing_step_00000000" / "sharded").mkdir(parents=True)  # as a killed process leaves it
     monkeypatch.setattr(sealed, "seal", seal)
     assert chain.prepare_parts(config, run) == ExitCode.OK
-    assert not list((run / "parts" / "joined" / "checkpoints").glob(".writing_*"))
+    assert not list(checkpoints.glob(".writing_*"))
     assert_equal(tensors(run / "parts" / "joined"), tensors(finished[1] / "parts" / "joined"))
 
 

@@ -18,7 +18,6 @@ from nemovl_train.parallel.layout import Layout
 from nemovl_train.training import trainer, validation
 from nemovl_train.training.folder import StageFolder
 from nemovl_train.training.state import read_state
-from nemovl_train.training.trainer import Trainer
 
 STEPS = 6
 
@@ -147,12 +146,15 @@ def test_a_better_loss_starts_the_count_again(data, tmp_path, losses):
 def test_killed_between_the_end_and_its_evaluation(data, tmp_path, losses, monkeypatch):
     config = validated(data, tmp_path, every_steps=1, patience=1)
     losses |= {1: 2.0, 2: 3.0}
-    finish = Trainer._finish
-    monkeypatch.setattr(Trainer, "_finish", lambda self, stop: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        running.run(config)
+
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("nemovl_train.training.trainer.evaluate_stage", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            running.run(config)
     assert not StageFolder.of(config).is_done()
-    monkeypatch.setattr(Trainer, "_finish", finish)
     outcome = running.run(config)
     assert outcome.state["step"] == 2
     assert not outcome.digests  # no step was taken again
