@@ -110,6 +110,11 @@ def validate_schedule(config: ScheduleConfig, stages: Sequence[RunConfig]) -> li
             keys = ", ".join(_different(asdict(config.model), asdict(stage.model), "model."))
             recipe = config.stages[index].recipe
             problems.append(f"stages.{index} ({recipe}): other model than the schedule's in {keys}")
+        if stage.adapter.rank:
+            problems.append(
+                f"stages.{index} ({config.stages[index].recipe}): adapter.rank={stage.adapter.rank}, and a schedule "
+                "hands whole models on; train adapters with `nemovl train` and merge them with `nemovl convert merge`"
+            )
     return problems
 
 

@@ -61,16 +61,17 @@ class TrainedWeights:
 
     def __init__(self, model: NemotronVL) -> None:
         self.model = model
-        self.names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        # In the model's order: equal runs write equal files.
+        self.names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
     def sharded_state_dict(self) -> dict[str, Any]:
         """Sharded tensors of the parameters that train, by name."""
         state = self.model.sharded_state_dict()
-        assert self.names <= state.keys()
+        assert state.keys() >= set(self.names)
         return {name: state[name] for name in self.names}
 
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> None:
         """Take over the trained parameters, all of them, and nothing else."""
         assert strict
-        assert state_dict.keys() == self.names, sorted(state_dict.keys() ^ self.names)
+        assert state_dict.keys() == set(self.names), sorted(state_dict.keys() ^ set(self.names))
         self.model.load_state_dict(state_dict, strict=False)

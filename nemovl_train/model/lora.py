@@ -128,7 +128,8 @@ class Adapter(nn.Module):
 def attach(linear: Any, pair: Adapter) -> None:
     """Make a linear layer add what its pair gives."""
     linear.add_module(ADAPTER, pair)
-    linear.register_forward_hook(_add_low_rank)
+    # First: a hook that drops the layer's input for recomputation comes after everything that reads it.
+    linear.register_forward_hook(_add_low_rank, prepend=True)
 
 
 @torch.no_grad()

@@ -13,13 +13,13 @@ from nemovl_train.exceptions import ConfigError
 from nemovl_train.plan.hardware import GPU_TYPES, STORAGE_BYTES, Gpu
 from nemovl_train.plan.load import Grid, PackLoad, grid_of, heaviest, pack_of
 from nemovl_train.plan.memory import Memory, memory
-from nemovl_train.plan.policy import LEANER, Policy, leaner, policy_of
+from nemovl_train.plan.policy import LEANER, STATES, Policy, leaner, policy_of
 from nemovl_train.plan.timing import StepTime, pack_flops, step_time
 from nemovl_train.plan.traffic import Flow, flows
 from nemovl_train.plan.trainable import trainable
 
-_CHECKPOINT_STATE_BYTES = 12
-"""Master weight and moments of a trained parameter, float32 each."""
+_MOMENT_BYTES = 8
+"""Two float32 moments of a trained parameter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +103,9 @@ class Plan:
         rows = trainable(self.config).values()
         trained = sum(row.trained for row in rows)
         saved = trained if self.config.adapter.rank else sum(row.own for row in rows)
-        return width * saved + _CHECKPOINT_STATE_BYTES * trained
+        # A float32 weight is its own master.
+        states = STATES[self.config.optim.states].optimizer if width == 2 else _MOMENT_BYTES
+        return width * saved + states * trained
 
     @property
     def checkpoint_seconds(self) -> float:

@@ -21,6 +21,7 @@ from nemovl_train.model.batch import PackBatch
 from nemovl_train.model.flops import training_flops
 from nemovl_train.parallel.layout import Layout
 from nemovl_train.plan.hardware import GPU_TYPES
+from nemovl_train.plan.trainable import trainable
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,7 @@ class Telemetry:
             num_tiles=pack.tiles.shape[0],
             head_tokens=int(pack.stats["supervised_tokens"]),
             train=self.config.trainer.train,
+            adapted=[part for part, row in trainable(self.config).items() if row.adapters],
         ).total
 
     def _mfu(self, flops: float, seconds: float) -> float | None:

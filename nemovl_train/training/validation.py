@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipelines.tokenizer import TextTokenizer
-from nemovl_train.checkpoint import saving
+from nemovl_train.checkpoint import saving, sealed
 from nemovl_train.checkpoint.files import explain_disk_errors, replace_text
 from nemovl_train.checkpoint.retention import Keep
 from nemovl_train.evaluation.run import Score, evaluation_data, score_source
@@ -42,7 +42,14 @@ class Validation:
 
     def __init__(self, trainer: Trainer) -> None:
         self.options, self.folder = trainer.config.evaluation, trainer.folder.path
-        on_first_rank(lambda: truncate_after(self.folder / FILE, trainer.state.step))
+        on_first_rank(lambda: self._rewind(trainer.state.step))
+
+    def _rewind(self, step: int) -> None:
+        """Forget what a run that is continued from this step had found after it."""
+        truncate_after(self.folder / FILE, step)
+        best = self.folder / BEST
+        sealed.clean(best)
+        sealed.discard([path for path in sealed.published(best) if path > sealed.step_folder(best, step)])
 
     def after_step(self, trainer: Trainer) -> None:
         """Measure if it is time to, before the step is saved. Collective."""

@@ -91,6 +91,7 @@ def test_a_wrong_merge_is_refused(whole, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_merged_run_is_exported_and_verified(whole, tmp_path):
     merge_checkpoint(whole[0], tmp_path / "merged")
     export_checkpoint(tmp_path / "merged", tmp_path / "hf")

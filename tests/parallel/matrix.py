@@ -441,6 +441,7 @@ CASES |= {
         steps=3,
     ),
 }
+CASES["tp2 sp dp2 adapters selective"] = replace(CASES["tp2 sp dp2 adapters"], recompute=SELECTIVE)
 CONTROLS: dict[str, Case] = {
     "states": Case(parallel=CP4, broken="states between ranks"),
     "state gradients": Case(parallel=CP4, broken="gradients of states between ranks"),
@@ -460,7 +461,8 @@ CONTROLS: dict[str, Case] = {
 }
 QUICK = (
     *("tp2 sp dp2", "tp2 cp2", "tp2 cp2 sp", "cp4", "cp4 heads", "cp4 few heads", "cp2 dp2 pieces", "cp2 dp2 first"),
-    *("cp2 dp2 sharded overlap", "tp2 cp2 sp selective", "tp2 cp2 sp full", "tp2 dp2 adapters", "tp2 sp dp2 adapters"),
+    *("cp2 dp2 sharded overlap", "tp2 cp2 sp selective", "tp2 cp2 sp full", "tp2 dp2 adapters"),
+    *("tp2 sp dp2 adapters", "tp2 sp dp2 adapters selective"),
 )
 """The cheapest of each mechanism, for every run of the tests; the rest is for the whole matrix."""
 
