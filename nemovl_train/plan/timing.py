@@ -11,7 +11,7 @@ from nemovl_train.plan.hardware import GPU_TYPES, Gpu
 from nemovl_train.plan.load import Grid, PackLoad
 from nemovl_train.plan.policy import Policy, policy_of
 from nemovl_train.plan.traffic import flows
-from nemovl_train.plan.trainable import trainable
+from nemovl_train.plan.trainable import adapted_parts, trainable
 
 # Seconds on the profiled GPU; device memory bounds these kernels, so they scale with its copy rate.
 _MIXER = 0.82e-6 / 10240
@@ -115,7 +115,7 @@ def pack_flops(config: RunConfig, load: PackLoad, policy: Policy | None = None, 
         num_tiles=load.tiles,
         head_tokens=load.seq_length if policy and policy.head_everywhere else load.head_tokens,
         train=config.trainer.train,
-        adapted=[part for part, row in trainable(config).items() if row.adapters],
+        adapted=adapted_parts(config),
     )
 
 

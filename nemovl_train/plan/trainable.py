@@ -55,6 +55,11 @@ def trainable(config: RunConfig) -> dict[str, PartTraining]:
     return found
 
 
+def adapted_parts(config: RunConfig) -> list[str]:
+    """Parts with adapters."""
+    return [part for part, row in trainable(config).items() if row.adapters]
+
+
 def trainable_text(config: RunConfig) -> str:
     """A table of parts: parameters frozen, trained as a whole and in adapters, learning rate, adapted layers."""
     rows = [("part", "frozen", "trained", "adapters", "peak rate", "adapted layers")]

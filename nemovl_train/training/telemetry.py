@@ -21,7 +21,7 @@ from nemovl_train.model.batch import PackBatch
 from nemovl_train.model.flops import training_flops
 from nemovl_train.parallel.layout import Layout
 from nemovl_train.plan.hardware import GPU_TYPES
-from nemovl_train.plan.trainable import trainable
+from nemovl_train.plan.trainable import adapted_parts
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,11 @@ class Telemetry:
     _began: Any = None
     _done: Any = None
     _sums: torch.Tensor | None = field(default=None, repr=False)
+    _adapted: list[str] = field(default_factory=list, repr=False)
+
+    def __post_init__(self) -> None:
+        # Once a run: it goes through all layers of the model, and is wanted for every pack.
+        self._adapted = adapted_parts(self.config)
 
     @property
     def sources(self) -> list[str]:
@@ -138,7 +143,7 @@ class Telemetry:
             num_tiles=pack.tiles.shape[0],
             head_tokens=int(pack.stats["supervised_tokens"]),
             train=self.config.trainer.train,
-            adapted=[part for part, row in trainable(self.config).items() if row.adapters],
+            adapted=self._adapted,
         ).total
 
     def _mfu(self, flops: float, seconds: float) -> float | None:
