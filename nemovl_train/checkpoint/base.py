@@ -39,11 +39,12 @@ def base_of(folder: Path, base: Path | None = None) -> Path:
     """
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     found = Path(state["parent"]) if base is None else base
-    if not (found / "COMPLETE").is_file():
+    seal = sealed.seal_of(found)
+    if seal is None:
         raise CheckpointError(
             f"{folder} holds adapters alone; the model that they adapt is not at {found}: bring that checkpoint back"
         )
-    if sealed.seal_of(found) != state["parent_seal"]:
+    if seal != state["parent_seal"]:
         raise CheckpointError(
             f"{found} is not the checkpoint that {folder} was trained on (its seal differs); bring that one back"
         )

@@ -151,9 +151,13 @@ def read_seal(folder: Path) -> dict[str, Any]:
     return integrity
 
 
-def seal_of(folder: Path) -> str:
-    """Hash that identifies a published checkpoint with everything in it; `verify` says whether it holds."""
-    return (folder / _MARKER).read_text(encoding="utf-8").strip()
+def seal_of(folder: Path) -> str | None:
+    """Hash that identifies a published checkpoint with everything in it; None when there is no such checkpoint.
+
+    `verify` says whether it holds.
+    """
+    marker = folder / _MARKER
+    return marker.read_text(encoding="utf-8").strip() if marker.is_file() else None
 
 
 def check_file(folder: Path, name: str, entry: dict[str, Any]) -> None:

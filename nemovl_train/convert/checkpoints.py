@@ -144,7 +144,7 @@ def export_checkpoint(
         kind=kind,
         tokenizer=tokenizer,
         card=info.facts,
-        identity=(folder / "COMPLETE").read_text(encoding="utf-8").strip(),
+        identity=sealed.seal_of(folder),
         dtype=None if dtype is None else DTYPES[dtype],
         overwrite=overwrite,
         **info.export,
@@ -300,7 +300,7 @@ def describe_checkpoint(folder: Path) -> CheckpointInfo:
         "data": {name: source.weight for name, source in run.data.sources.items()},
         "trained parts": list(run.trainer.train),
         "seed": run.trainer.seed,
-        "checkpoint integrity": (folder / "COMPLETE").read_text(encoding="utf-8").strip(),
+        "checkpoint integrity": sealed.seal_of(folder),
     }
     export: dict[str, Any] = {"media": _media_budget(run.data)}
     imported = _imported_ancestor(state)

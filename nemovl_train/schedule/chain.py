@@ -14,6 +14,7 @@ import logging
 import time
 from pathlib import Path
 
+from nemovl_train.checkpoint import sealed
 from nemovl_train.config.compose import compose_stage
 from nemovl_train.config.schema import RunConfig, ScheduleConfig
 from nemovl_train.exceptions import ConfigError
@@ -82,7 +83,7 @@ def _parts(config: ScheduleConfig, root: Path) -> ExitCode:
         with alone():
             return prepare_parts(config, root)
     # Without a time limit of its own: when the first process fails, the launcher ends this one.
-    while not (joined_checkpoint(root) / "COMPLETE").is_file():
+    while sealed.seal_of(joined_checkpoint(root)) is None:
         time.sleep(POLL_SECONDS)
     return ExitCode.OK
 
@@ -91,7 +92,7 @@ def _stage(config: RunConfig, entry: StageEntry, ledger: Ledger, root: Path) -> 
     folder = StageFolder.of(config)
     assert config.trainer.init_from is not None
     parent = str(Path(config.trainer.init_from).relative_to(root))
-    seal = _seal(Path(config.trainer.init_from))
+    seal = sealed.seal_of(Path(config.trainer.init_from))
     # A finished stage needs no parent: its checkpoint may have gone to make room.
     if seal and entry.parent_seal not in (None, seal) and (folder.path / "config.yaml").is_file():
         raise ConfigError(
@@ -110,12 +111,6 @@ def _stage(config: RunConfig, entry: StageEntry, ledger: Ledger, root: Path) -> 
     return code
 
 
-def _seal(checkpoint: Path) -> str | None:
-    """What identifies a checkpoint's content: the hash of its list of hashes; None when it is not there."""
-    marker = checkpoint / "COMPLETE"
-    return marker.read_text(encoding="utf-8").strip() if marker.is_file() else None
-
-
 def _publish(root: Path, checkpoint: Path, ledger: Ledger) -> ExitCode:
     """Export the last stage, prove that the folder loads elsewhere, write the report."""
     from nemovl_train.convert.checkpoints import export_checkpoint
@@ -123,7 +118,7 @@ def _publish(root: Path, checkpoint: Path, ledger: Ledger) -> ExitCode:
     from nemovl_train.report.html import write_report
 
     out = root / EXPORT
-    source = {"checkpoint": str(checkpoint.relative_to(root)), "integrity": _seal(checkpoint) or ""}
+    source = {"checkpoint": str(checkpoint.relative_to(root)), "integrity": sealed.seal_of(checkpoint) or ""}
     if ledger.exported != source or not out.exists():
         # Replaces the export of a checkpoint that is no longer the chain's last; its verification goes with it.
         export_checkpoint(checkpoint, out, overwrite=True)
