@@ -87,6 +87,11 @@ class Saver:
         return self._thread is not None and self._thread.is_alive()
 
     @property
+    def stage_bytes(self) -> int:
+        """Host memory that this rank keeps for its copies."""
+        return self._stage.held_bytes
+
+    @property
     def idle(self) -> bool:
         """Whether there is no save on its way, the same on every rank."""
         return self._save is None

@@ -54,6 +54,11 @@ class HostStage:
         self._slabs: list[torch.Tensor] = []
         self.bytes = 0
 
+    @property
+    def held_bytes(self) -> int:
+        """Size of the host memory: that of the largest file so far, rounded up to whole slabs."""
+        return len(self._slabs) * _SLAB_BYTES
+
     def fill(self, tensors: Iterable[torch.Tensor]) -> None:
         """Copy the bytes of tensors one after the other. They may change as soon as this returns."""
         self.bytes = 0

@@ -93,11 +93,11 @@ class Injector:
 
 
 def _flip(injector: Injector) -> None:
-    """One bit of one weight."""
+    """One bit of one weight, of any dtype and on any device."""
     import torch
 
     parameter = next(injector.trainer.model.parameters())
-    parameter.data.view(-1)[:1].view(torch.int32).bitwise_xor_(1 << 12)
+    parameter.data.view(-1).view(torch.uint8)[1:2].bitwise_xor_(1 << 4)
 
 
 def _fail(injector: Injector) -> None:
