@@ -127,7 +127,7 @@ class Bench:
     def run(self, mode: str, steps: int) -> dict[str, Any]:
         """Seconds of `steps` steps in a mode; a save begins in the middle of every interval."""
         shutil.rmtree(self.work, ignore_errors=True)
-        saver = Saver(self.work, "bench", Keep(last=1))
+        saver = Saver(self.work, "bench", Keep(last=1), in_background=mode != "waited for")
         stalls, marks = [], [self._now(reset_peak=True)]
         published = None
         for number in range(1, steps + 1):

@@ -1,6 +1,6 @@
 """Saves that go on behind the training: plan and copy at once, then write, publish, verify and delete.
 
-    start      collective: plan the files, check the disk, copy this rank's part to host memory
+    start      collective: plan the files, check the disk, copy this rank's part to host memory if training goes on
     writing    a thread a rank: write and hash its file
     publish    collective, milliseconds: index, seal, rename
     checking   a thread a rank: read its file back against its hash
@@ -18,6 +18,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,13 +68,15 @@ class Saver:
         root: The stage's `checkpoints` folder.
         run_id: Identity of the run, checked on load.
         keep: Which checkpoints stay.
+        in_background: Copy this rank's part to host memory, so that weights and optimizer may change while it is
+            written. Without it the caller calls `finish` before anything changes, and no such memory is needed.
 
     Attributes:
         seconds: How long the last save took from `start` until it was published; None before the first.
     """
 
-    def __init__(self, root: Path, run_id: str, keep: Keep | None = None) -> None:
-        self.root, self.run_id, self.keep = root, run_id, keep
+    def __init__(self, root: Path, run_id: str, keep: Keep | None = None, *, in_background: bool = True) -> None:
+        self.root, self.run_id, self.keep, self.in_background = root, run_id, keep, in_background
         self.seconds: float | None = None
         self._stage = HostStage(pinned=torch.cuda.is_available())
         self._save: _Save | None = None
@@ -99,7 +102,7 @@ class Saver:
     def start(
         self, step: int, *, model: ShardedModel, optimizer: ShardedOptimizer | None, state: dict[str, Any]
     ) -> None:
-        """Begin a checkpoint; weights and optimizer may change as soon as this returns. Collective.
+        """Begin a checkpoint; in the background, weights and optimizer may change as soon as this returns. Collective.
 
         Args:
             step: Optimiser steps done.
@@ -120,9 +123,11 @@ class Saver:
         plan, common = self._planner.plan(sharded)
         needed = sum(from_every_rank(plan.bytes))
         on_first_rank(lambda: _prepare(work, needed))
-        self._save = _Save(step, work, final, plan, common, state)
-        self._stage.fill(plan.tensors)
-        plan.tensors = []
+        # Copies: some optimizers count their steps in a tensor that the next step changes.
+        self._save = _Save(step, work, final, plan, deepcopy(common), state)
+        if self.in_background:
+            self._stage.fill(plan.tensors)
+            plan.tensors = []
         self._run(self._write)
 
     def advance(self) -> Path | None:
@@ -197,9 +202,11 @@ class Saver:
         with explain_disk_errors(self.root):
             file = HashedFile(save.work / SHARDED / save.plan.file)
             try:
-                for block in self._stage.blocks():
+                stage, tensors = self._stage, save.plan.tensors
+                for block in stage.blocks() if self.in_background else stage.through(tensors):
                     file.write(block)
             finally:
+                save.plan.tensors = []
                 save.entry = {"file": save.plan.file, **file.close()}
 
     def _check(self) -> None:
@@ -258,7 +265,7 @@ def save(
     Raises:
         CheckpointError: As `Saver.start` and `Saver.advance`.
     """
-    saver = Saver(root, run_id, keep)
+    saver = Saver(root, run_id, keep, in_background=False)
     saver.start(step, model=model, optimizer=optimizer, state=state)
     folder = saver.finish()
     assert folder is not None

@@ -41,9 +41,10 @@ def rank_file(rank: int) -> str:
 
 
 class HostStage:
-    """Host memory that takes a rank's part of a checkpoint, so that training goes on while it is written.
+    """Host memory between a rank's tensors and its file.
 
-    It holds one copy of what the rank writes, as the bytes of its file, and is used again by the next save.
+    `fill` takes one copy of all of them, so that training goes on while it is written; the memory is kept for the next
+    save. `through` is for a save that is waited for, and needs one block.
 
     Args:
         pinned: Page-locked memory: copies from a GPU are several times faster.
@@ -62,15 +63,13 @@ class HostStage:
     def fill(self, tensors: Iterable[torch.Tensor]) -> None:
         """Copy the bytes of tensors one after the other. They may change as soon as this returns."""
         self.bytes = 0
-        for tensor in tensors:
-            data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        for data in _as_bytes(tensors):
             done = 0
             while done < data.numel():
                 number, begin = divmod(self.bytes, _SLAB_BYTES)
-                if number == len(self._slabs):
-                    self._slabs.append(torch.empty(_SLAB_BYTES, dtype=torch.uint8, pin_memory=self._pinned))
                 count = min(data.numel() - done, _SLAB_BYTES - begin)
-                self._slabs[number][begin : begin + count].copy_(data[done : done + count], non_blocking=self._pinned)
+                slab = self._slab(number)[begin : begin + count]
+                slab.copy_(data[done : done + count], non_blocking=self._pinned)
                 self.bytes, done = self.bytes + count, done + count
         if self._pinned:
             torch.cuda.current_stream().synchronize()
@@ -81,6 +80,27 @@ class HostStage:
             count = min(self.bytes - number * _SLAB_BYTES, _SLAB_BYTES)
             if count > 0:
                 yield memoryview(slab.numpy())[:count]
+
+    def through(self, tensors: Iterable[torch.Tensor]) -> Iterator[memoryview]:
+        """The bytes of tensors that do not change meanwhile; a piece is valid until the next one."""
+        for data in _as_bytes(tensors):
+            for begin in range(0, data.numel(), _SLAB_BYTES):
+                piece = data[begin : begin + _SLAB_BYTES]
+                if piece.device.type != "cpu":
+                    slab = self._slab(0)[: piece.numel()]
+                    slab.copy_(piece)
+                    piece = slab
+                yield memoryview(piece.numpy())
+
+    def _slab(self, number: int) -> torch.Tensor:
+        if number == len(self._slabs):
+            self._slabs.append(torch.empty(_SLAB_BYTES, dtype=torch.uint8, pin_memory=self._pinned))
+        return self._slabs[number]
+
+
+def _as_bytes(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    for tensor in tensors:
+        yield tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 class PlannedFile:

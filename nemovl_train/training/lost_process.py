@@ -39,14 +39,14 @@ def _is_lost(error: Exception) -> bool:
 
 
 def _tell(error: Exception) -> None:
-    store = _store()
+    store = shared_store()
     if store is not None:
         text = (str(error).strip().splitlines() or [""])[0]
         _quietly(lambda: store.compare_set(_KEY, "", f"rank {dist.get_rank()}: {type(error).__name__}: {text}"))
 
 
 def _cause(error: Exception) -> str:
-    store, end = _store(), time.monotonic() + _WAIT_SECONDS
+    store, end = shared_store(), time.monotonic() + _WAIT_SECONDS
     while store is not None and time.monotonic() < end:
         if _quietly(lambda: store.check([_KEY])):
             return f"ended because another process did. {store.get(_KEY).decode()}"
@@ -59,7 +59,8 @@ def _cause(error: Exception) -> str:
     )
 
 
-def _store() -> dist.Store | None:
+def shared_store() -> dist.Store | None:
+    """Where the processes of a run met; None for a run of one."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return None
     return dist.distributed_c10d._get_default_store()

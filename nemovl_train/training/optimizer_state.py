@@ -13,6 +13,7 @@ every data parallel rank (78 GB for a 13B model at TP 2), `dp_reshardable` knows
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -78,7 +79,7 @@ def sharded_state(optimizer: DistributedOptimizer, model_state: dict[str, Any], 
         `optimizer` (parameter groups, the same on every rank) and `tensors`, a list of sharded tensors whose data are
         views of the optimizer's own. float32 master weights that are the model's weights are left to the model.
     """
-    common = optimizer.state_dict()
+    common = _common(optimizer)
     if not optimizer.optimizer.state:
         # A save before the first step that was taken. megatron-core allocates; what is loaded fills it.
         optimizer.load_state_dict(common)
@@ -108,6 +109,24 @@ def load_state(optimizer: DistributedOptimizer, state: dict[str, Any]) -> None:
         for own in optimizer.optimizer.state.values():
             if "step" in own:
                 own["step"].fill_(step)
+
+
+def _common(optimizer: DistributedOptimizer) -> dict[str, Any]:
+    """The optimizer's `state_dict`, which holds nothing of a single parameter.
+
+    It asks the inner optimizer for all of its state on the way, and Transformer Engine's fused Adam answers with copies
+    in float32 (2.20, `optimizers/fused_adam.py`): with bfloat16 moments 8 bytes a parameter on the device. So it is
+    shown its smallest parameter alone, in which the step count is as well.
+    """
+    inner = optimizer.optimizer
+    held = inner.state
+    if held:
+        smallest = min(held, key=torch.Tensor.numel)
+        inner.state = defaultdict(dict, {smallest: held[smallest]})
+    try:
+        return optimizer.state_dict()
+    finally:
+        inner.state = held
 
 
 def _begin(optimizer: DistributedOptimizer) -> None:

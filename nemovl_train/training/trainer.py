@@ -33,9 +33,10 @@ from nemovl_train.training.control import Control
 from nemovl_train.training.deadline import SAFETY, Deadline
 from nemovl_train.training.engine import open_engine
 from nemovl_train.training.folder import StageFolder, resolve_checkpoint
-from nemovl_train.training.lost_process import explained
+from nemovl_train.training.lost_process import explained, shared_store
 from nemovl_train.training.lr import learning_rate
 from nemovl_train.training.micro_batches import StepDroppedError
+from nemovl_train.training.peers import PeerWatch
 from nemovl_train.training.replicas import check_replicas
 from nemovl_train.training.signals import StopRequest
 from nemovl_train.training.state import TrainState
@@ -71,18 +72,23 @@ def run(config: RunConfig) -> ExitCode:
     # From here on a signal is remembered: nothing is lost by a start that goes on until it can leave in good order.
     with StopRequest() as stop, explained():
         layout = Layout.create(config.parallel, config.model.language)
-        folder = StageFolder.of(config)
-        watchdog = Watchdog(folder.path / "stacks", layout.rank, config.trainer.stall_timeout_s)
-        try:
-            folder.claim()
-            if on_first_rank(folder.is_done):
-                log.info("%s: nothing left to do, %d steps are done", folder.path, config.trainer.steps)
-                return ExitCode.OK
-            return Trainer(config, folder, layout, stop, watchdog).fit()
-        finally:
-            watchdog.close()
-            folder.release()
-            layout.destroy()
+        with PeerWatch(layout.rank, layout.world_size, shared_store()):
+            return _run(config, layout, stop)
+
+
+def _run(config: RunConfig, layout: Layout, stop: StopRequest) -> ExitCode:
+    folder = StageFolder.of(config)
+    watchdog = Watchdog(folder.path / "stacks", layout.rank, config.trainer.stall_timeout_s)
+    try:
+        folder.claim()
+        if on_first_rank(folder.is_done):
+            log.info("%s: nothing left to do, %d steps are done", folder.path, config.trainer.steps)
+            return ExitCode.OK
+        return Trainer(config, folder, layout, stop, watchdog).fit()
+    finally:
+        watchdog.close()
+        folder.release()
+        layout.destroy()
 
 
 class Trainer:
@@ -138,7 +144,7 @@ class Trainer:
         on_first_rank(self._add_callbacks)
         options = config.checkpoint
         keep = Keep(last=options.keep_last, every=options.keep_every, best=options.keep_best)
-        self.saver = Saver(folder.checkpoints, folder.run_id, keep)
+        self.saver = Saver(folder.checkpoints, folder.run_id, keep, in_background=options.in_background)
         self.saved_step = self.state.step if resumed_from is not None else -1
         self.control = Control(
             layout,

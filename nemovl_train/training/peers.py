@@ -1,0 +1,147 @@
+"""Ends a process whose peer has died while it waits for that peer on a device.
+
+A collective of gloo fails at once when a peer's connection closes. One of NCCL does not: the process waits in the
+driver, where neither an error nor a signal reaches Python, until the collective's own limit. So every process also
+holds a plain connection to the first one, and a thread that reads it: the kernel closes the connections of a process
+that ends, however it ends.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import secrets
+import selectors
+import socket
+import threading
+import time
+from contextlib import suppress
+from types import TracebackType
+
+import torch.distributed as dist
+
+from nemovl_train.exit_codes import ExitCode
+
+log = logging.getLogger(__name__)
+
+LEAVE_SECONDS = 5.0
+"""How long the main thread has to notice by itself, which lets it say more."""
+
+_BYE, _LOST = b"b", b"l"
+_CONNECT_SECONDS = 20.0
+_LINGER_SECONDS = 10.0  # for the good-byes of others
+# Stages that follow each other in the same processes share their store.
+_NUMBERS = itertools.count()
+
+
+class PeerWatch:
+    """Context in which the end of any process of the run ends this one. Every process enters it.
+
+    Args:
+        rank: This process's rank.
+        world_size: Processes of the run; with one there is nothing to watch.
+        store: Where they meet; None watches nothing.
+    """
+
+    def __init__(self, rank: int, world_size: int, store: dist.Store | None) -> None:
+        self.rank = rank
+        self._store = store if world_size > 1 else None
+        self._key = f"nemovl_peers_{next(_NUMBERS)}"
+        self._token = b""
+        self._selector = selectors.DefaultSelector()
+        self._connections: set[socket.socket] = set()
+        self._closing = threading.Event()
+
+    def __enter__(self) -> PeerWatch:
+        if self._store is None:
+            return self
+        try:
+            self._listen(self._store) if self.rank == 0 else self._connect(self._store)
+        except OSError as error:
+            log.warning("rank %d does not hear of the end of other processes: %s", self.rank, error)
+            return self
+        threading.Thread(target=self._watch, name="peers", daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Take leave; a process that fails is one that the others lose."""
+        self._closing.set()
+        self._tell(_BYE if error is None else _LOST)
+
+    def _listen(self, store: dist.Store) -> None:
+        listener = socket.create_server(("", 0), backlog=128)
+        self._selector.register(listener, selectors.EVENT_READ)
+        # MASTER_ADDR is where rank 0 runs: the others have reached it there before.
+        host, port = os.environ.get("MASTER_ADDR", "localhost"), listener.getsockname()[1]
+        # A word that only users of the store can know: anybody may connect.
+        self._token = secrets.token_hex(16).encode()
+        store.set(self._key, f"{host} {port} {self._token.decode()}")
+
+    def _connect(self, store: dist.Store) -> None:
+        host, port, token = store.get(self._key).decode().split()
+        connection = socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS)
+        connection.sendall(token.encode())
+        self._add(connection)
+
+    def _accept(self, listener: socket.socket) -> None:
+        with suppress(OSError):
+            connection, _ = listener.accept()
+            connection.settimeout(_CONNECT_SECONDS)
+            word = connection.recv(len(self._token), socket.MSG_WAITALL)
+            if secrets.compare_digest(word, self._token):
+                self._add(connection)
+            else:
+                connection.close()
+
+    def _add(self, connection: socket.socket) -> None:
+        connection.settimeout(None)
+        self._connections.add(connection)
+        self._selector.register(connection, selectors.EVENT_READ)
+
+    def _watch(self) -> None:
+        last = None
+        while last is None or (self._connections and time.monotonic() < last):
+            for key, _ in self._selector.select(timeout=1.0):
+                source = key.fileobj
+                assert isinstance(source, socket.socket)
+                if source in self._connections:
+                    self._hear(source)
+                else:
+                    self._accept(source)
+            if last is None and self._closing.is_set():
+                last = time.monotonic() + _LINGER_SECONDS
+        for key in list(self._selector.get_map().values()):
+            assert isinstance(key.fileobj, socket.socket)
+            key.fileobj.close()
+        self._selector.close()
+
+    def _hear(self, connection: socket.socket) -> None:
+        try:
+            word = connection.recv(1)
+        except OSError:
+            word = _LOST
+        if word != _BYE and not self._closing.wait(LEAVE_SECONDS):
+            self._end()
+        self._selector.unregister(connection)
+        self._connections.discard(connection)
+        connection.close()
+
+    def _end(self) -> None:
+        # The others hear of it from the first process, which alone is connected to all of them.
+        self._tell(_LOST)
+        log.error(
+            "rank %d ended because another process did, while it waited for that process on its device; the other's "
+            "own output, or the scheduler's, may say more. Run the same command again: it continues from the last "
+            "checkpoint",
+            self.rank,
+        )
+        logging.shutdown()
+        os._exit(ExitCode.FAILED)
+
+    def _tell(self, word: bytes) -> None:
+        for connection in list(self._connections):
+            with suppress(OSError):
+                connection.sendall(word)

@@ -1,0 +1,58 @@
+"""The end of one process ends those that wait for it where no error reaches them."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RANKS = 3
+SCRIPT = """
+import os, signal, sys, time
+import torch.distributed as dist
+from nemovl_train.training import peers
+
+peers.LEAVE_SECONDS = 0.3
+how, file = sys.argv[1:]
+rank = 0
+for number in (1, 2):
+    if os.fork() == 0:
+        rank = number
+        break
+code = 0
+try:
+    with peers.PeerWatch(rank, 3, dist.FileStore(file, 3)):
+        time.sleep(0.5 + 0.2 * rank)
+        if rank == 1 and how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if rank == 1 and how == "failed":
+            raise ValueError
+        if how != "well":
+            time.sleep(60)  # where a process waits for its device
+        if how == "well" and rank == 2:
+            time.sleep(1.0)  # the others have long left
+except ValueError:
+    code = 3
+if rank:
+    os._exit(code)
+print(sorted(os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(2)), flush=True)
+os._exit(code)
+"""
+
+
+@pytest.mark.parametrize(("how", "first"), [("killed", 1), ("failed", 1), ("well", 0)])
+def test_the_others_end(tmp_path, how, first):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", SCRIPT, how, str(tmp_path / "store")]
+    began = time.monotonic()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=50, check=False)
+    assert done.returncode == first, done.stderr
+    assert time.monotonic() - began < 30
+    if how == "well":
+        assert done.stdout == "[0, 0]\n"
+        assert "ended" not in done.stderr
+    else:
+        assert done.stderr.count("ended because another process did") == RANKS - 1
