@@ -7,7 +7,7 @@ is part of a run's state: `packs_consumed` is.
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from multiprocessing import active_children
 from multiprocessing.process import BaseProcess
@@ -263,7 +263,7 @@ def heldout_packs(
     max_samples: int | None = None,
     dp_rank: int = 0,
     dp_size: int = 1,
-) -> Iterator[Pack]:
+) -> Generator[Pack]:
     """One pass over a split, in manifest order, the same every time.
 
     Args:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,10 @@ from nemovl_train.model.batch import PackBatch
 from nemovl_train.model.vlm import NemotronVL
 from nemovl_train.parallel.agree import on_first_rank
 from nemovl_train.parallel.layout import Layout
+
+
+class StopAskedError(Exception):
+    """Scoring was given up because the run was asked to stop."""
 
 
 @dataclass
@@ -87,7 +92,7 @@ def evaluate_stage(
         layout: Owner of the process groups.
         folder: The stage's folder.
         step: Step that is evaluated.
-        interrupted: Asked on every rank before each held-out set; True gives up, and a restart begins again.
+        interrupted: Asked on every rank before each pack; True gives up, and a restart begins again.
 
     Returns:
         Contents of `evaluation.json`, empty when the config asks for no evaluation; None when interrupted.
@@ -98,13 +103,17 @@ def evaluate_stage(
     data = evaluation_data(config)
     tokenizer = TextTokenizer(data.tokenizer)
     model.eval()
-    rows = {}
-    for name in data.sources:
+    try:
+        rows = {
+            name: score_source(model, data, name, config, layout, tokenizer, interrupted).row() for name in data.sources
+        }
         if interrupted():
             return None
-        rows[name] = score_source(model, data, name, config, layout, tokenizer).row()
-    write_predictions(model, config, data, tokenizer, folder)
-    model.train()
+        write_predictions(model, config, data, tokenizer, folder)
+    except StopAskedError:
+        return None
+    finally:
+        model.train()
     result = {"step": step, "seconds": time.perf_counter() - began, "sources": rows}
     on_first_rank(lambda: replace_text(folder / "evaluation.json", json.dumps(result, indent=1)))
     return result
@@ -131,11 +140,21 @@ def evaluation_data(config: RunConfig) -> DataConfig:
 
 
 def score_source(
-    model: NemotronVL, data: DataConfig, name: str, config: RunConfig, layout: Layout, tokenizer: TextTokenizer
+    model: NemotronVL,
+    data: DataConfig,
+    name: str,
+    config: RunConfig,
+    layout: Layout,
+    tokenizer: TextTokenizer,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> Score:
-    """Score one dataset over all data parallel ranks. Collective."""
+    """Score one dataset over all data parallel ranks, which have equally many packs. Collective.
+
+    Raises:
+        StopAskedError: `interrupted`, asked before every pack, said so.
+    """
     total = Score()
-    packs: Iterator[Pack] = heldout_packs(
+    packs: Generator[Pack] = heldout_packs(
         data,
         name,
         tokens_per_tile=config.model.tokens_per_tile,
@@ -145,8 +164,11 @@ def score_source(
         dp_size=layout.dp,
     )
     forced = [tokenizer.encode_text(NO_TRACE), tokenizer.encode_text(TRACE_START)]
-    for pack in packs:
-        total.add(score_pack(model, pack, layout, forced=forced, eos=config.model.tokens.eos))
+    with closing(packs):
+        for pack in packs:
+            if interrupted():
+                raise StopAskedError
+            total.add(score_pack(model, pack, layout, forced=forced, eos=config.model.tokens.eos))
     sums = torch.tensor([total.nats, total.tokens, total.matches, total.samples], dtype=torch.float64)
     sums = sums.to(layout.device)
     dist.all_reduce(sums, group=layout.language_groups.dp)

@@ -15,8 +15,8 @@ from nemovl_train.config.dump import Change, config_diff, config_hash, dump_yaml
 from nemovl_train.config.schema import RunConfig
 from nemovl_train.exceptions import CheckpointError, ConfigError
 from nemovl_train.parallel.agree import on_first_rank
+from nemovl_train.training.ending import ending_of
 from nemovl_train.training.lock import FolderLock
-from nemovl_train.training.validation import stopped_at
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +61,8 @@ class StageFolder:
     @property
     def last_checkpoint(self) -> Path:
         """The checkpoint that a finished stage has: of its last step, or of the one at which it ended early."""
-        ended = stopped_at(self.path)
-        return sealed.step_folder(self.checkpoints, self.config.trainer.steps if ended is None else ended)
+        ending = ending_of(self.path, self.config)
+        return sealed.step_folder(self.checkpoints, self.config.trainer.steps if ending is None else ending.step)
 
     def claim(self) -> None:
         """Create the folder, or recognise it as this run's and tidy it. Collective.
@@ -80,9 +80,10 @@ class StageFolder:
         self._held.close()
 
     def is_done(self) -> bool:
-        """All steps are taken and, where asked for, the evaluation is written."""
+        """It came to its end with these options: the last step, or no better held-out loss, and then its evaluation."""
         evaluated = (self.path / "evaluation.json").is_file() or not self.config.evaluation.sources
-        return evaluated and (self.last_checkpoint / "COMPLETE").is_file()
+        ended = ending_of(self.path, self.config) is not None
+        return ended and evaluated and (self.last_checkpoint / "COMPLETE").is_file()
 
     def newest_checkpoint(self) -> sealed.Verified | None:
         """Where to continue; every rank gets the same. Collective."""

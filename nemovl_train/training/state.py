@@ -10,7 +10,7 @@ from typing import Any
 
 from nemovl_train.exceptions import CheckpointError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @dataclass
@@ -26,6 +26,7 @@ class TrainState:
         best_loss: Lowest held-out loss that was measured while training; infinite before the first measurement.
         best_step: Step of that measurement.
         stale_validations: Measurements since then.
+        measured_step: Step of the last measurement.
         bad_steps: Steps that changed nothing because loss or gradient norm was not finite, or a spike.
         recent_losses: Losses of the last steps that were taken; spikes are judged by them.
         recent_norms: Gradient norms of the same steps.
@@ -45,6 +46,7 @@ class TrainState:
     best_loss: float = math.inf
     best_step: int = 0
     stale_validations: int = 0
+    measured_step: int = 0
     recent_losses: list[float] = field(default_factory=list)
     recent_norms: list[float] = field(default_factory=list)
     seed: int = 0
@@ -68,6 +70,9 @@ class TrainState:
             where: File it came from, for the error message.
         """
         version = data.get("format_version")
+        if version == 2 and "step" in data:
+            # It did not say when the held-out loss was measured last, and had always done so when it was due.
+            data, version = {**data, "measured_step": data["step"]}, FORMAT_VERSION
         if version != FORMAT_VERSION:
             raise CheckpointError(f"{where}: state format {version}, this version reads {FORMAT_VERSION}")
         values = {key: value for key, value in data.items() if key != "format_version"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -31,6 +32,7 @@ from nemovl_train.training import spikes
 from nemovl_train.training.callbacks import Callback, MetricsFile, ProgressLine, trackers
 from nemovl_train.training.control import Control
 from nemovl_train.training.deadline import SAFETY, Deadline
+from nemovl_train.training.ending import Ending, decisive_options
 from nemovl_train.training.engine import open_engine
 from nemovl_train.training.folder import StageFolder, resolve_checkpoint
 from nemovl_train.training.lost_process import explained, shared_store
@@ -137,7 +139,8 @@ class Trainer:
             self._restore(resumed_from)
         self.stream = self._open_stream()
         on_first_rank(lambda: refuse_unreadable_sets(config))
-        self.validation = Validation(self)
+        self.validation = Validation(config, folder, self.engine, layout, interrupted=self._interrupted)
+        on_first_rank(lambda: self.validation.rewind(self.state.step))
         on_first_rank(lambda: log.info("what trains\n%s", trainable_text(config)))
         self.step_keys: tuple[str, ...] = ()
         self.callbacks: list[Callback] = []
@@ -169,6 +172,7 @@ class Trainer:
             for callback in self.callbacks:
                 closing.callback(callback.close)
             self._call("on_start")
+            self.validation.measure_if_due(self.state)
             while not self._has_ended():
                 if not self._take_step():
                     return self._requeue()
@@ -224,8 +228,8 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_step(self, result, lr=lr, data_seconds=data_seconds)
         self._stop_if_too_many_bad_steps()
-        self.validation.after_step(self)
         self.watchdog.beat(stepped=True)
+        self.validation.measure_if_due(self.state)
         deadline = self.control.deadline
         deadline.longest_step = max(deadline.longest_step, time.monotonic() - began)
         return True
@@ -357,7 +361,6 @@ class Trainer:
         if self.state.step < self.config.trainer.steps:
             best = f"held-out loss was best at step {self.state.best_step}"
             log.info("%s: ending at step %d, the %s", self.folder.path, self.state.step, best)
-            self.validation.note_end(self.state)
         if self.config.evaluation.sources:
             log.info("%s: evaluating %d held-out sets", self.folder.path, len(self.config.evaluation.sources))
         with self.engine.whole_model() as model:
@@ -366,10 +369,16 @@ class Trainer:
             )
         if evaluated is None:
             return self._requeue()
+        on_first_rank(self._note_end)
         self._call("on_end")
         log.info("%s: done after %d steps", self.folder.path, self.state.step)
         # Asked to stop too late to matter for this stage, but not for what would come after it.
         return ExitCode.REQUEUE if self.control.stopping() else ExitCode.OK
+
+    def _note_end(self) -> None:
+        state = self.state
+        best = state.best_loss if math.isfinite(state.best_loss) else None
+        Ending(state.step, decisive_options(self.config), state.best_step, best).write(self.folder.path)
 
     def _interrupted(self) -> bool:
         self.watchdog.beat()

@@ -76,18 +76,17 @@ def test_a_signal_in_the_last_step_is_not_lost(config):
 
 def test_a_signal_during_evaluation(config, data, monkeypatch):
     config = tiny_runs.with_evaluation(config, data)
-    sources = {**config.evaluation.sources, "text": str(data / "text")}
-    config = replace(config, evaluation=replace(config.evaluation, sources=sources))
-    scored, score = [], evaluation.score_source
+    scored, score = [], evaluation.score_pack
 
-    def interrupted(model, data_config, name, *args):
-        scored.append(name)
+    def interrupted(*args, **options):
+        scored.append(args)
         os.kill(os.getpid(), signal.SIGUSR1)
-        return score(model, data_config, name, *args)
+        return score(*args, **options)
 
-    monkeypatch.setattr(evaluation, "score_source", interrupted)
+    monkeypatch.setattr(evaluation, "score_pack", interrupted)
+    config = replace(config, evaluation=replace(config.evaluation, seq_length=128, max_samples=None))
     assert trainer.run(config) == ExitCode.REQUEUE
-    assert len(scored) == 1
+    assert len(scored) == 1  # of several packs
     monkeypatch.undo()
     folder = StageFolder.of(config)
     assert not folder.is_done()

@@ -16,6 +16,7 @@ from nemovl_train.exit_codes import ExitCode
 from nemovl_train.model.batch import PackBatch
 from nemovl_train.parallel.layout import Layout
 from nemovl_train.training import trainer, validation
+from nemovl_train.training.ending import ending_of
 from nemovl_train.training.folder import StageFolder
 from nemovl_train.training.state import read_state
 
@@ -46,14 +47,14 @@ def losses(monkeypatch):
     """Held-out losses as a test wants them, by step."""
     wanted: dict[int, float] = {}
     step = 0
-    after = validation.Validation.after_step
+    measure = validation.Validation.measure_if_due
 
-    def spied(self, trainer):
+    def spied(self, state):
         nonlocal step
-        step = trainer.state.step
-        after(self, trainer)
+        step = state.step
+        measure(self, state)
 
-    monkeypatch.setattr(validation.Validation, "after_step", spied)
+    monkeypatch.setattr(validation.Validation, "measure_if_due", spied)
     monkeypatch.setattr(validation, "mean_loss", lambda scores: wanted[step])
     return wanted
 
@@ -117,7 +118,9 @@ def test_a_run_ends_early_and_is_done(data, tmp_path, losses):
     assert outcome.code == ExitCode.OK
     folder = StageFolder.of(config)
     assert (outcome.state["step"], outcome.state["best_step"], outcome.state["stale_validations"]) == (4, 2, 2)
-    assert json.loads((folder.path / "stopped_early.json").read_text()) == {"step": 4, "best_step": 2, "best_loss": 2.0}
+    ending = ending_of(folder.path, config)
+    assert ending is not None
+    assert (ending.step, ending.best_step, ending.best_loss) == (4, 2, 2.0)
     assert [p.name for p in (folder.path / "best").iterdir()] == ["step_00000002"]
     assert folder.is_done()
     assert folder.last_checkpoint.name == "step_00000004"
@@ -140,7 +143,7 @@ def test_a_better_loss_starts_the_count_again(data, tmp_path, losses):
     losses |= {1: 2.0, 2: 3.0, 3: 1.9, 4: 3.0, 5: 1.8, 6: 3.0}
     outcome = running.run(config)
     assert (outcome.state["step"], outcome.state["best_step"]) == (6, 5)
-    assert not (StageFolder.of(config).path / "stopped_early.json").exists()
+    assert ending_of(StageFolder.of(config).path, config).step == STEPS
 
 
 def test_killed_between_the_end_and_its_evaluation(data, tmp_path, losses, monkeypatch):

@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from pathlib import Path
+from nemovl_train.config.schema import RunConfig
+from nemovl_train.training.state import TrainState
+from nemovl_train.training.step import StepResult
+from nemovl_train.training.telemetry import StepNumbers
 
-    from nemovl_train.training.step import StepResult
-    from nemovl_train.training.trainer import Trainer
+
+class Run(Protocol):
+    """What callbacks see of a trainer.
+
+    Attributes:
+        config: The stage's config.
+        state: Counters after the last step.
+        numbers: Measurements of the last step; None before the first.
+        step_keys: Samples of the last step that changed nothing, over all ranks.
+    """
+
+    config: RunConfig
+    state: TrainState
+    numbers: StepNumbers | None
+    step_keys: tuple[str, ...]
 
 
 class Callback:
     """Hooks that the trainer calls on rank 0, in this order. The default does nothing."""
 
-    def on_start(self, trainer: Trainer) -> None:
+    def on_start(self, trainer: Run) -> None:
         """The run is built and restored; no step has been taken."""
 
-    def on_step(self, trainer: Trainer, result: StepResult, *, lr: float, data_seconds: float) -> None:
+    def on_step(self, trainer: Run, result: StepResult, *, lr: float, data_seconds: float) -> None:
         """A step is done and `trainer.state` counts it."""
 
-    def on_checkpoint(self, trainer: Trainer, folder: Path) -> None:
+    def on_checkpoint(self, trainer: Run, folder: Path) -> None:
         """A checkpoint was published."""
 
-    def on_end(self, trainer: Trainer) -> None:
+    def on_end(self, trainer: Run) -> None:
         """The last step is done and saved."""
 
     def close(self) -> None:

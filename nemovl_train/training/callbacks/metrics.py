@@ -8,14 +8,11 @@ import time
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from nemovl_train.checkpoint.files import explain_disk_errors, replace_text
-from nemovl_train.training.callbacks.base import Callback
-
-if TYPE_CHECKING:
-    from nemovl_train.training.step import StepResult
-    from nemovl_train.training.trainer import Trainer
+from nemovl_train.training.callbacks.base import Callback, Run
+from nemovl_train.training.step import StepResult
 
 
 def truncate_after(path: Path, step: int) -> None:
@@ -49,7 +46,7 @@ class MetricsFile(Callback):
         self.folder = folder
         self.metrics: IO[str] | None = None
 
-    def on_start(self, trainer: Trainer) -> None:
+    def on_start(self, trainer: Run) -> None:
         """Open the files, without the rows of steps that will be taken again."""
         path = self.folder / "metrics.jsonl"
         truncate_after(path, trainer.state.step)
@@ -57,7 +54,7 @@ class MetricsFile(Callback):
             self.metrics = path.open("a", buffering=1)
         self._event(trainer, "start", parent=trainer.state.parent, resumed_from_step=trainer.state.step)
 
-    def on_step(self, trainer: Trainer, result: StepResult, *, lr: float, data_seconds: float) -> None:
+    def on_step(self, trainer: Run, result: StepResult, *, lr: float, data_seconds: float) -> None:
         """Write the step's row, and an event when the step changed nothing."""
         state = trainer.state
         elapsed = result.seconds + data_seconds
@@ -88,11 +85,11 @@ class MetricsFile(Callback):
             found = {"loss": str(result.loss), "grad_norm": str(result.grad_norm)}
             self._event(trainer, "skipped_step", **found, samples=trainer.step_keys)
 
-    def on_checkpoint(self, trainer: Trainer, folder: Path) -> None:
+    def on_checkpoint(self, trainer: Run, folder: Path) -> None:
         """Note the checkpoint."""
         self._event(trainer, "checkpoint", folder=folder.name)
 
-    def on_end(self, trainer: Trainer) -> None:
+    def on_end(self, trainer: Run) -> None:
         """Note that nothing is left to do."""
         self._event(trainer, "end")
 
@@ -104,7 +101,7 @@ class MetricsFile(Callback):
             with suppress(OSError):
                 self.metrics.close()
 
-    def _event(self, trainer: Trainer, kind: str, **fields: Any) -> None:
+    def _event(self, trainer: Run, kind: str, **fields: Any) -> None:
         row = {"time": time.time(), "event": kind, "step": trainer.state.step, **fields}
         with explain_disk_errors(self.folder), (self.folder / "events.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from nemovl_train.training.callbacks.base import Callback
-
-if TYPE_CHECKING:
-    from nemovl_train.training.step import StepResult
-    from nemovl_train.training.trainer import Trainer
+from nemovl_train.training.callbacks.base import Callback, Run
+from nemovl_train.training.step import StepResult
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +29,7 @@ class ProgressLine(Callback):
         console = Console(stderr=True)
         self.bar = _bar(console) if bar and console.is_terminal else None
 
-    def on_start(self, trainer: Trainer) -> None:
+    def on_start(self, trainer: Run) -> None:
         """Start the clock and draw the bar."""
         self.total = trainer.config.trainer.steps
         self.began, self.first_step = time.perf_counter(), trainer.state.step
@@ -41,7 +37,7 @@ class ProgressLine(Callback):
             self.bar.start()
             self.task = self.bar.add_task(self.label, total=self.total, completed=trainer.state.step, numbers="")
 
-    def on_step(self, trainer: Trainer, result: StepResult, *, lr: float, data_seconds: float) -> None:
+    def on_step(self, trainer: Run, result: StepResult, *, lr: float, data_seconds: float) -> None:
         """Update the bar, or print a line now and then."""
         step = trainer.state.step
         rate = result.tokens / (result.seconds + data_seconds)

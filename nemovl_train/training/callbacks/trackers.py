@@ -5,14 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nemovl_train.exceptions import ConfigError
-from nemovl_train.training.callbacks.base import Callback
-
-if TYPE_CHECKING:
-    from nemovl_train.training.step import StepResult
-    from nemovl_train.training.trainer import Trainer
+from nemovl_train.training.callbacks.base import Callback, Run
+from nemovl_train.training.step import StepResult
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +27,7 @@ class Tracker(Callback):
         self.name, self.send, self.finish = name, send, finish
         self.alive = True
 
-    def on_step(self, trainer: Trainer, result: StepResult, *, lr: float, data_seconds: float) -> None:
+    def on_step(self, trainer: Run, result: StepResult, *, lr: float, data_seconds: float) -> None:
         """Send the step's numbers."""
         numbers = {
             "loss": result.loss,
