@@ -19,6 +19,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from nemovl_train.checkpoint import sealed
+
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
@@ -108,12 +110,24 @@ def test_commands_of_the_readme_run(finished):
         assert nemovl(finished, *words, *short, stdout=subprocess.DEVNULL).wait() == 0, words
 
 
-def test_killed_at_random_moments_it_ends_with_the_same_weights(finished, tmp_path):
-    chance = random.Random(11)
+def good_checkpoints(folder: Path) -> dict[str, int]:
+    """Step of the newest checkpoint whose seal holds, by what was trained."""
+    roots = sorted((folder / "runs/tiny").glob("**/checkpoints"))
+    found = {str(root.relative_to(folder)): sealed.latest(root) for root in roots}
+    return {name: int(path.name.removeprefix("step_")) for name, path in found.items() if path is not None}
+
+
+@pytest.mark.parametrize("trial", range(3))
+def test_killed_at_random_moments_it_ends_with_the_same_weights(finished, tmp_path, trial):
+    chance, seen = random.Random(11 + trial), {}
     for _ in range(4):
         process = nemovl(tmp_path, "schedule", "recipe=tiny/schedule", stderr=subprocess.DEVNULL)
         time.sleep(chance.uniform(30, 150))
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        good = good_checkpoints(tmp_path)
+        assert all(good.get(name, -1) >= step for name, step in seen.items())
+        seen = good
+    assert seen
     assert nemovl(tmp_path, "schedule", "recipe=tiny/schedule").wait() == 0
     assert weights_hash(tmp_path) == weights_hash(finished)

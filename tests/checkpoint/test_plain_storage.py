@@ -112,6 +112,44 @@ def test_host_memory_is_one_copy_and_used_again() -> None:
     assert sum(len(block) for block in stage.blocks()) == tensors[0].nbytes
 
 
+def test_a_save_that_is_waited_for_needs_no_copy_and_writes_the_same_bytes(layout, tmp_path: Path) -> None:
+    whole = torch.arange(40.0).view(8, 5)
+    model = Model(shard(whole, (0, 0), (8, 5), whole.t().contiguous().t()), note={"a": 1})
+    written = {}
+    for name, in_background in (("behind", True), ("waited", False)):
+        saver = saving.Saver(tmp_path / name, "x", in_background=in_background)
+        saver.start(1, model=model, optimizer=None, state={})
+        folder = saver.finish()
+        assert folder is not None
+        assert sealed.verify(folder).integrity["step"] == 1
+        written[name] = (folder / "sharded" / "rank_00000.bin").read_bytes()
+        assert (saver.stage_bytes > 0) == in_background
+    assert written["behind"] == written["waited"]
+    assert written["waited"].startswith(whole.numpy().tobytes()) or whole.numpy().tobytes() in written["waited"]
+
+
+class Counted:
+    """An optimizer whose common state is a tensor that its next step changes."""
+
+    def __init__(self) -> None:
+        self.step = torch.tensor(3.0)
+
+    def sharded_state_dict(self, model_state, *, is_loading=False):
+        return {"step": self.step}
+
+
+def test_what_is_common_is_that_of_the_moment_too(layout, tmp_path: Path) -> None:
+    """torch's AdamW counts in a live tensor; the index is written when the save is published."""
+    whole = torch.arange(4.0)
+    model, optimizer = Model(shard(whole, (0,), (4,), whole)), Counted()
+    saver = saving.Saver(tmp_path, "x")
+    saver.start(3, model=model, optimizer=optimizer, state={})
+    optimizer.step.fill_(4)
+    folder = saver.finish()
+    assert folder is not None
+    assert storage.IndexedReader(folder / "sharded").common["optimizer"]["step"] == 3
+
+
 @pytest.mark.usefixtures("layout")
 def test_objects_come_back_and_those_with_code_are_refused_unread(tmp_path: Path) -> None:
     sentinel, whole = tmp_path / "was_run", torch.ones(2)

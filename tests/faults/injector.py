@@ -10,6 +10,8 @@
     write       its file is being written, in the background
     publish     it is about to get its name
     purge       an old one is about to go
+    validation  a held-out set is being scored between two steps
+    change      the file system is about to be changed by the first save of the run, for the `step`-th time
 
 The step is the number of steps done when the point is reached. A fault strikes once.
 """
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +28,7 @@ from typing import Any
 
 from nemovl_train.checkpoint import saving, sealed
 from nemovl_train.evaluation import run as evaluation
-from nemovl_train.training import step, trainer
+from nemovl_train.training import step, trainer, validation
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,9 @@ class Injector:
         self._wrap(sealed, "discard", lambda args: self.reach("purge", self.now()))
         self._wrap(evaluation, "score_source", lambda args: self.reach("eval", self.now()))
         self._wrap(run, "_account", lambda args: None, after=lambda args: self.reach("accounted", args[0].state.step))
+        self._wrap(validation, "score_source", lambda args: self.reach("validation", self.now()))
+        if self.fault.point == "change":
+            Changes(self).install()
         stopping = trainer.Control.stopping
 
         def between(control: Any) -> bool:
@@ -90,6 +96,47 @@ class Injector:
             return result
 
         setattr(owner, name, wrapped)
+
+
+class Changes:
+    """Counts what the first save changes on the disk, from its folder to what retention leaves.
+
+    Python reports every change before it happens: opening for writing, creating, renaming, removing. Flushing is added,
+    so that a file that was written and never reached the disk is a case of its own.
+    """
+
+    EVENTS = ("os.rename", "os.mkdir", "os.rmdir", "os.remove", "shutil.rmtree", "os.truncate")
+
+    def __init__(self, injector: Injector) -> None:
+        self.injector, self.seen, self.on = injector, 0, False
+        self.flush = os.fsync
+
+    def install(self) -> None:
+        saver = saving.Saver
+
+        def begin(args: Any) -> None:
+            self.on = self.seen == 0
+
+        self.injector._wrap(saver, "start", begin)
+        self.injector._wrap(saver, "_done", lambda args: None, after=lambda args: setattr(self, "on", False))
+        os.fsync = self._fsync
+        sys.addaudithook(self._audit)
+
+    def _fsync(self, descriptor: int) -> None:
+        self._count()
+        self.flush(descriptor)
+
+    def _audit(self, event: str, args: tuple) -> None:
+        if not self.on:
+            return
+        writes = event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        if (writes or event in self.EVENTS) and "checkpoints" in str(args[0]):
+            self._count()
+
+    def _count(self) -> None:
+        if self.on:
+            self.injector.reach("change", self.seen)
+            self.seen += 1
 
 
 def _flip(injector: Injector) -> None:

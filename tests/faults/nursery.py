@@ -1,9 +1,11 @@
 """A warm process that forks the ranks of runs: importing megatron-core takes seconds, forking milliseconds.
 
 It is a process of its own, started once: forking pytest's would copy the threads and process groups of other tests.
-Reads one JSON request a line, answers each with the ranks' exit codes (negative: the signal that ended a rank).
+Reads one JSON request a line, answers each with the ranks' exit codes (negative: the signal that ended a rank). A
+request is a run's `config`, or the recipe file of a `schedule` with the `root` of its runs.
 """
 
+import importlib
 import json
 import os
 import signal
@@ -32,6 +34,8 @@ def main() -> None:
 
 def serve(request: dict) -> list[int]:
     ranks = request["ranks"]
+    if "schedule" in request:
+        importlib.import_module("nemovl_train.schedule.chain")  # once, for all that are forked from here on
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -44,7 +48,7 @@ def serve(request: dict) -> list[int]:
     if request["kill_after_s"] is not None:
         time.sleep(request["kill_after_s"])
         for pid in children:
-            os.kill(pid, signal.SIGKILL)  # one that has ended is a zombie until it is waited for
+            kill(pid)
     return wait(children, request["timeout_s"])
 
 
@@ -62,13 +66,31 @@ def child(request: dict, rank: int, port: int) -> None:
     try:
         if request["fault"]:
             Injector(Fault(**request["fault"]), rank).install()
-        config = load_yaml(RunConfig, Path(request["config"]))
-        record_packs(Path(config.run.root) / f"packs_rank{rank}.jsonl")
-        code = guarded(lambda: trainer.run(config))
+        if "schedule" in request:
+            code = guarded(lambda: run_schedule(request))
+        else:
+            config = load_yaml(RunConfig, Path(request["config"]))
+            record_packs(Path(config.run.root) / f"packs_rank{rank}.jsonl")
+            code = guarded(lambda: trainer.run(config))
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def run_schedule(request: dict) -> int:
+    from nemovl_train.config.compose import compose_schedule
+    from nemovl_train.schedule import chain
+
+    return chain.run(compose_schedule(request["schedule"], values={"run.root": request["root"]}))
+
+
+def kill(pid: int) -> None:
+    """End a rank and what it started; one that has ended is a zombie until it is waited for."""
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except ProcessLookupError:  # too young to have a session of its own
+        os.kill(pid, signal.SIGKILL)
 
 
 def record_packs(path: Path) -> None:
@@ -101,7 +123,7 @@ def wait(children: dict[int, int], timeout_s: float) -> list[int]:
         if time.monotonic() > end:
             for pid in children:
                 if children[pid] not in codes:
-                    os.kill(pid, signal.SIGKILL)
+                    kill(pid)
         time.sleep(0.01)
     return [codes[rank] for rank in range(len(children))]
 

@@ -11,7 +11,7 @@ from ends import final, last_good_step
 pytestmark = pytest.mark.slow
 
 TRIALS = int(os.environ.get("KILL_TRIALS", "5"))
-"""`KILL_TRIALS=50` for a release."""
+"""Fifty of the schedule below are part of `make test-all`; these runs are shorter and of one or two ranks."""
 
 MOST_KILLS = 6
 STEPS = 40

@@ -126,6 +126,31 @@ def test_killed_anywhere_and_started_again(data, tmp_path, run, point):
 
 
 @pytest.mark.slow
+def test_killed_at_every_change_that_a_save_makes_on_the_disk(data, tmp_path, run):
+    """From the folder to the deletion of the checkpoint before: each write, flush, rename and removal in turn."""
+
+    def config(name):
+        found = config_of(data, tmp_path / name)
+        return replace(found, checkpoint=replace(found.checkpoint, keep_last=1))
+
+    whole = config("whole")
+    assert run(whole).codes == [0]
+    expected, ends, goods = final(whole), [], set()
+    while not ends or ends[-1] == KILLED:
+        killed = config(f"killed{len(ends)}")
+        # A checkpoint of step 2 is there; the save that dies is the first of the second start.
+        assert run(killed, fault=Fault("accounted", "term", step=2)).codes == [ExitCode.REQUEUE]
+        ends += run(killed, fault=Fault("change", "kill", step=len(ends))).codes
+        goods.add(last_good_step(killed))
+        assert goods <= {2, 4, 6}
+        assert run(killed).codes == [0]
+        assert final(killed) == expected, len(ends)
+    assert ends[-1] == 0
+    assert len(ends) > 20
+    assert goods >= {2, 4}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_at_every_step_of_twelve(data, tmp_path, run, ranks):
     whole = config_of(data, tmp_path / "whole", steps=12)

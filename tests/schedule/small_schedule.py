@@ -30,11 +30,20 @@ def write_parts(root: Path) -> Path:
     return root
 
 
-def write_recipes(folder: Path, data: Path, parts: Path, *, steps: int = 4, export: bool = False) -> Path:
-    """Recipe files of both stages and of the schedule; returns the schedule's."""
+def write_recipes(
+    folder: Path,
+    data: Path,
+    parts: Path,
+    *,
+    steps: int = 4,
+    export: bool = False,
+    stages: dict[str, tuple[str, list[str]]] = STAGES,
+    heldout: bool = False,
+) -> Path:
+    """Recipe files of the stages and of the schedule; returns the schedule's."""
     folder.mkdir(parents=True, exist_ok=True)
     model = yaml.safe_load(yaml.safe_dump(_plain(asdict(MODEL))))
-    for name, (source, train) in STAGES.items():
+    for name, (source, train) in stages.items():
         stage = {
             "defaults": [*({f"/{g}": _option(g)} for g in GROUPS), {"/parallel": "single"}, {"/logging": "local"}],
             "run": {"stage": name},
@@ -51,13 +60,16 @@ def write_recipes(folder: Path, data: Path, parts: Path, *, steps: int = 4, expo
             "checkpoint": {"every_steps": 2},
         }
         stage["defaults"].append("_self_")
+        if heldout:
+            sets = {"sources": {source: str(data / source)}, "seq_length": 256, "max_samples": 4, "predictions": 1}
+            stage["evaluation"] = sets
         _write(folder / f"{name}.yaml", stage)
     schedule = {
         "defaults": [{"/model": "tiny"}, "_self_"],
         "run": {"name": "chain", "stage": "schedule"},
         "model": model,
         "parts": {"language": str(parts / "language_hf"), "vision": str(parts / "vision_hf"), "make": "none"},
-        "stages": [{"recipe": str(folder / f"{name}.yaml")} for name in STAGES],
+        "stages": [{"recipe": str(folder / f"{name}.yaml")} for name in stages],
         "export": export,
     }
     _write(folder / "schedule.yaml", schedule)

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 from dataclasses import replace
 
 import pytest
@@ -11,14 +13,16 @@ import torch
 
 from data_pipelines.loader import heldout_packs
 from nemovl_train.checkpoint import sealed
+from nemovl_train.evaluation import run as evaluation
 from nemovl_train.evaluation.run import Score, evaluation_data
+from nemovl_train.exceptions import CheckpointError
 from nemovl_train.exit_codes import ExitCode
 from nemovl_train.model.batch import PackBatch
 from nemovl_train.parallel.layout import Layout
 from nemovl_train.training import trainer, validation
 from nemovl_train.training.ending import ending_of
 from nemovl_train.training.folder import StageFolder
-from nemovl_train.training.state import read_state
+from nemovl_train.training.state import TrainState, read_state
 
 STEPS = 6
 
@@ -32,6 +36,10 @@ def validated(data, root, **options):
 def rows(config) -> list[dict]:
     path = StageFolder.of(config).path / "validation.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def interrupt(*args, **options):
+    raise KeyboardInterrupt
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +137,71 @@ def test_a_run_ends_early_and_is_done(data, tmp_path, losses):
     assert len(rows(config)) == 4
 
 
+def test_other_options_open_a_finished_run_again(data, tmp_path, losses):
+    config = validated(data, tmp_path, every_steps=1, patience=2)
+    losses |= {1: 3.0, 2: 2.0, 3: 2.0, 4: 2.5, 5: 1.0, 6: 1.5}
+    running.run(config)
+    folder = StageFolder.of(config)
+    assert folder.is_done()
+    patient = replace(config, evaluation=replace(config.evaluation, patience=3))
+    assert not StageFolder.of(patient).is_done()
+    outcome = running.run(patient)
+    assert min(outcome.digests) == 4
+    assert (outcome.state["step"], outcome.state["best_step"]) == (6, 5)
+    assert json.loads((folder.path / "evaluation.json").read_text())["step"] == 6
+    assert StageFolder.of(patient).is_done()
+    # Nothing is left to train with other held-out sets, but they are scored.
+    sources = {"text": config.evaluation.sources["text"]}
+    other = replace(patient, evaluation=replace(patient.evaluation, sources=sources, every_steps=0, patience=0))
+    assert not StageFolder.of(other).is_done()
+    assert not running.run(other).digests
+    assert set(json.loads((folder.path / "evaluation.json").read_text())["sources"]) == {"text"}
+
+
+def test_the_evaluation_of_a_shorter_run_is_not_that_of_a_longer_one(data, tmp_path, monkeypatch):
+    short = validated(data, tmp_path)
+    running.run(short)
+    changes = ("trainer.steps",)
+    longer = replace(short, trainer=replace(short.trainer, steps=STEPS + 2))
+    longer = replace(longer, checkpoint=replace(longer.checkpoint, accept_changes=changes))
+    with monkeypatch.context() as patch:
+        patch.setattr("nemovl_train.training.trainer.evaluate_stage", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            running.run(longer)
+    assert (StageFolder.of(longer).last_checkpoint / "COMPLETE").is_file()
+    assert not StageFolder.of(longer).is_done()
+    running.run(longer)
+    assert json.loads((StageFolder.of(longer).path / "evaluation.json").read_text())["step"] == STEPS + 2
+    assert StageFolder.of(longer).is_done()
+
+
+@pytest.mark.parametrize("step", [3, STEPS])
+def test_a_stop_request_does_not_wait_for_a_measurement(data, whole, tmp_path, monkeypatch, step):
+    config, outcome = whole
+    cut = validated(data, tmp_path, every_steps=1, keep_best=True)
+    score, scored, beats = evaluation.score_pack, [], []
+
+    def asked_to_stop(*args, **options):
+        scored.append(args)
+        if len(scored) == 2 * (step - 1) + 1:  # the first of two sets of a pack each
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return score(*args, **options)
+
+    def count_beats(run):
+        beat = run.watchdog.beat
+        run.watchdog.beat = lambda **options: (beats.append(len(scored)), beat(**options))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "score_pack", asked_to_stop)
+        assert running.run(cut, count_beats).code == ExitCode.REQUEUE
+    assert len(scored) == 2 * (step - 1) + 1
+    assert set(beats) >= set(range(len(scored)))  # the watchdog hears of every pack
+    assert [row["step"] for row in rows(cut)] == list(range(1, step))
+    assert read_state(StageFolder.of(cut).checkpoints / f"step_{step:08d}").measured_step == step - 1
+    running.assert_same_end(cut, running.run(cut), config, outcome)
+    assert rows(cut) == rows(config)
+
+
 def test_patience_counts_over_a_restart(data, tmp_path, losses):
     config = validated(data, tmp_path, every_steps=1, patience=3)
     losses |= {1: 2.0, 2: 3.0, 3: 3.0, 4: 3.0, 5: 1.0}
@@ -150,11 +223,8 @@ def test_killed_between_the_end_and_its_evaluation(data, tmp_path, losses, monke
     config = validated(data, tmp_path, every_steps=1, patience=1)
     losses |= {1: 2.0, 2: 3.0}
 
-    def interrupted(*args, **options):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr("nemovl_train.training.trainer.evaluate_stage", interrupted)
+        patch.setattr("nemovl_train.training.trainer.evaluate_stage", interrupt)
         with pytest.raises(KeyboardInterrupt):
             running.run(config)
     assert not StageFolder.of(config).is_done()
@@ -162,6 +232,15 @@ def test_killed_between_the_end_and_its_evaluation(data, tmp_path, losses, monke
     assert outcome.state["step"] == 2
     assert not outcome.digests  # no step was taken again
     assert StageFolder.of(config).is_done()
+
+
+def test_a_state_of_the_format_before_is_one_that_was_measured(tmp_path):
+    state = TrainState(step=7, measured_step=6).to_json()
+    assert TrainState.from_json(state, tmp_path).measured_step == 6
+    before = {key: value for key, value in state.items() if key != "measured_step"} | {"format_version": 2}
+    assert TrainState.from_json(before, tmp_path).measured_step == 7
+    with pytest.raises(CheckpointError, match="state format 1"):
+        TrainState.from_json({**before, "format_version": 1}, tmp_path)
 
 
 def test_mean_of_the_sets():
