@@ -21,6 +21,7 @@ SIGNALS, PROCESSES = "faults/test_signals.py", "faults/test_processes.py"
 SEALED, STORAGE = "checkpoint/test_sealed.py", "checkpoint/test_plain_storage.py"
 TRUST, TORCHRUN = "faults/test_trust.py", "faults/test_torchrun.py"
 RESUME, TRAINER = "training/test_resume.py", "training/test_trainer.py"
+GPU = "gpu/test_faults.py"
 BAD_FILES, IMAGE = "data_pipelines/importers/test_bad_files.py", "data_pipelines/media/test_image.py"
 
 ROWS = (
@@ -38,15 +39,19 @@ ROWS = (
         (
             f"{SIGNALS}::test_a_signal_to_one_rank_stops_both_with_everything_saved",
             f"{SIGNALS}::test_the_step_in_progress_is_dropped_before_its_weights_move",
+            "training/test_validation.py::test_a_stop_request_does_not_wait_for_a_measurement",
         ),
     ),
     Row(
         "the time limit of the job",
-        "SIGUSR1 reaches every rank through torchrun as `nemovl launch` renders it; a run that knows its end "
-        "(`trainer.time_limit_s`, SLURM_JOB_END_TIME) saves before it",
+        "SIGUSR1 reaches every rank through torchrun as `nemovl launch` renders it, and the job is requeued once; a "
+        "run that knows its end (`trainer.time_limit_s`, SLURM_JOB_END_TIME) saves before it",
         (
             f"{TORCHRUN}::test_usr1_reaches_every_rank_and_everything_is_saved",
             f"{SIGNALS}::test_a_run_stops_itself_before_its_time_is_over",
+            "launch/test_node.py::test_a_save_may_take_longer_than_torchruns_patience",
+            "launch/test_slurm.py::test_the_script_acts_on_how_the_run_ended",
+            f"{GPU}::test_usr1_saves_on_every_rank_and_asks_to_be_started_again",
         ),
     ),
     Row(
@@ -59,7 +64,9 @@ ROWS = (
         "the others stop within seconds with one sentence; torchrun's restart continues to the same end",
         (
             f"{PROCESSES}::test_a_killed_rank_stops_the_others_within_seconds_and_they_say_so",
+            "training/test_peers.py::test_the_others_end",
             f"{TORCHRUN}::test_a_killed_rank_is_restarted_once_and_the_run_ends_as_if_nothing_had_been",
+            f"{GPU}::test_a_killed_rank_is_restarted_and_the_run_ends_as_the_clean_one",
         ),
     ),
     Row(
@@ -79,6 +86,7 @@ ROWS = (
             f"{SEALED}::test_death_at_any_change_of_the_file_system_leaves_a_loadable_checkpoint",
             f"{SEALED}::test_death_in_the_middle_of_a_file",
             f"{PROCESSES}::test_killed_anywhere_and_started_again",
+            f"{PROCESSES}::test_killed_at_every_change_that_a_save_makes_on_the_disk",
         ),
     ),
     Row(
@@ -120,8 +128,14 @@ ROWS = (
     ),
     Row(
         "state that is forgotten",
-        "killed at every step of twelve, the end is the same bit by bit",
-        (f"{PROCESSES}::test_killed_at_every_step_of_twelve", "faults/test_kill_trials.py::test_random_moments"),
+        "killed at every step of twelve, between their micro-batches, or at random moments of a whole schedule, the "
+        "end is the same bit by bit",
+        (
+            f"{PROCESSES}::test_killed_at_every_step_of_twelve",
+            "faults/test_kill_schedule.py::test_random_moments_of_five_stages",
+            "faults/test_kill_trials.py::test_random_moments",
+            "test_demo.py::test_killed_at_random_moments_it_ends_with_the_same_weights",
+        ),
     ),
     Row(
         "other options in a continued run",
@@ -151,6 +165,7 @@ ROWS = (
         (
             f"{PROCESSES}::test_a_flipped_bit_of_one_rank_is_found_and_named",
             f"{PROCESSES}::test_with_three_replicas_the_broken_rank_is_named",
+            f"{GPU}::test_a_flipped_bit_on_one_gpu_is_found",
         ),
     ),
     Row(
@@ -165,7 +180,10 @@ ROWS = (
     Row(
         "a decompression bomb or an odd format",
         "refused before it is decoded",
-        (f"{IMAGE}::test_other_files_and_bombs_are_refused",),
+        (
+            f"{IMAGE}::test_other_files_and_bombs_are_refused",
+            f"{BAD_FILES}::test_every_animal_is_rejected_by_its_own_reason",
+        ),
     ),
     Row(
         "a sample that makes no sense",
@@ -174,10 +192,12 @@ ROWS = (
     ),
     Row(
         "data that changed since the save",
-        "a changed plan or manifest is refused; a missing shard costs its samples, which are counted",
+        "a changed plan or manifest, or a shard of another size, is refused; a damaged sample or a shard that goes "
+        "missing costs its samples, which are named and counted",
         (
             f"{RESUME}::test_changed_data_are_refused",
             "data_pipelines/test_shards.py::test_a_changed_or_missing_manifest_is_refused",
+            "data_pipelines/test_shards.py::test_damage_is_found",
             "data_pipelines/test_storage.py::test_a_missing_shard_is_quarantined_by_sample",
         ),
     ),
@@ -198,7 +218,11 @@ ROWS = (
     Row(
         "a malicious archive, path or URL",
         "refused; nothing outside the folder is read or written",
-        (f"{BAD_FILES}::test_hostile_tar_members_are_left_out",),
+        (
+            f"{BAD_FILES}::test_hostile_tar_members_are_left_out",
+            f"{BAD_FILES}::test_every_animal_is_rejected_by_its_own_reason",
+            "data_pipelines/test_storage.py::test_urls_that_cannot_be_read_are_refused",
+        ),
     ),
     Row(
         "a malicious config",
@@ -206,6 +230,7 @@ ROWS = (
         (
             f"{TRUST}::test_a_recipe_that_names_code_is_refused_and_runs_none",
             f"{TRUST}::test_a_config_of_a_run_folder_is_data",
+            "launch/test_slurm.py::test_no_field_can_become_a_directive_or_a_command",
         ),
     ),
     Row(
@@ -214,6 +239,7 @@ ROWS = (
         (
             f"{SEALED}::test_a_purge_that_fails_is_told_and_stops_nothing",
             f"{SEALED}::test_nothing_is_deleted_for_a_checkpoint_that_the_disk_spoiled",
+            f"{PROCESSES}::test_killed_anywhere_and_started_again",
         ),
     ),
     Row(
@@ -242,8 +268,12 @@ ROWS = (
     ),
     Row(
         "a save slower than the scheduler's grace",
-        "the log says so after the first save (`checkpoint.grace_s`); a plan cannot know how fast a disk is",
-        (f"{SIGNALS}::test_a_save_that_is_too_slow_for_the_schedulers_grace_is_told",),
+        "`nemovl launch slurm` says when the signal leaves less than it takes to write the planned bytes, and the log "
+        "after the first save when it took too long (`checkpoint.grace_s`)",
+        (
+            f"{SIGNALS}::test_a_save_that_is_too_slow_for_the_schedulers_grace_is_told",
+            "launch/test_slurm.py::test_a_short_lead_is_said_before_the_job_waits_in_the_queue",
+        ),
     ),
 )
 

@@ -151,12 +151,12 @@ def test_killed_at_every_change_that_a_save_makes_on_the_disk(data, tmp_path, ru
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_killed_at_every_step_of_twelve(data, tmp_path, run, ranks):
+@pytest.mark.parametrize(("ranks", "point"), [(1, "step"), (1, "micro_batch"), (2, "step")])
+def test_killed_at_every_step_of_twelve(data, tmp_path, run, ranks, point):
     whole = config_of(data, tmp_path / "whole", steps=12)
     assert run(whole, ranks=ranks).codes == [0] * ranks
     for step in range(12):
         config = config_of(data, tmp_path / f"killed{step}", steps=12)
-        assert KILLED in run(config, ranks=ranks, fault=Fault("step", "kill", rank=ranks - 1, step=step)).codes
+        assert KILLED in run(config, ranks=ranks, fault=Fault(point, "kill", rank=ranks - 1, step=step)).codes
         assert run(config, ranks=ranks).codes == [0] * ranks
         assert final(config) == final(whole), step
