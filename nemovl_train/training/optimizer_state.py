@@ -115,12 +115,12 @@ def _common(optimizer: DistributedOptimizer) -> dict[str, Any]:
     """The optimizer's `state_dict`, which holds nothing of a single parameter.
 
     It asks the inner optimizer for all of its state on the way, and Transformer Engine's fused Adam answers with copies
-    in float32 (2.20, `optimizers/fused_adam.py`): with bfloat16 moments 8 bytes a parameter on the device. So it is
-    shown its smallest parameter alone, in which the step count is as well.
+    in float32 (2.20, `optimizers/fused_adam.py`): with bfloat16 moments 8 bytes a parameter on the device. So that one
+    is shown its smallest parameter alone; it counts its steps in the groups.
     """
     inner = optimizer.optimizer
     held = inner.state
-    if held:
+    if held and hasattr(inner, "get_unscaled_state"):
         smallest = min(held, key=torch.Tensor.numel)
         inner.state = defaultdict(dict, {smallest: held[smallest]})
     try:

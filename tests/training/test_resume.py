@@ -84,7 +84,7 @@ def test_a_signal_during_evaluation(config, data, monkeypatch):
         return score(*args, **options)
 
     monkeypatch.setattr(evaluation, "score_pack", interrupted)
-    config = replace(config, evaluation=replace(config.evaluation, seq_length=128, max_samples=None))
+    config = replace(config, evaluation=replace(config.evaluation, seq_length=128))
     assert trainer.run(config) == ExitCode.REQUEUE
     assert len(scored) == 1  # of several packs
     monkeypatch.undo()

@@ -25,6 +25,7 @@ from nemovl_train.training.folder import StageFolder
 from nemovl_train.training.state import TrainState, read_state
 
 STEPS = 6
+PACKS = 4  # of a measurement
 
 
 def validated(data, root, **options):
@@ -183,7 +184,7 @@ def test_a_stop_request_does_not_wait_for_a_measurement(data, whole, tmp_path, m
 
     def asked_to_stop(*args, **options):
         scored.append(args)
-        if len(scored) == 2 * (step - 1) + 1:  # the first of two sets of a pack each
+        if len(scored) == PACKS * (step - 1) + 1:  # the first of them
             os.kill(os.getpid(), signal.SIGUSR1)
         return score(*args, **options)
 
@@ -194,7 +195,7 @@ def test_a_stop_request_does_not_wait_for_a_measurement(data, whole, tmp_path, m
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, "score_pack", asked_to_stop)
         assert running.run(cut, count_beats).code == ExitCode.REQUEUE
-    assert len(scored) == 2 * (step - 1) + 1
+    assert len(scored) == PACKS * (step - 1) + 1
     assert set(beats) >= set(range(len(scored)))  # the watchdog hears of every pack
     assert [row["step"] for row in rows(cut)] == list(range(1, step))
     assert read_state(StageFolder.of(cut).checkpoints / f"step_{step:08d}").measured_step == step - 1
