@@ -47,7 +47,8 @@ class PeerWatch:
     def __init__(self, rank: int, world_size: int, store: dist.Store | None) -> None:
         self.rank = rank
         self._store = store if world_size > 1 else None
-        self._key = f"nemovl_peers_{next(_NUMBERS)}"
+        # The first process may have worked alone before the others joined: only what all of them enter is counted.
+        self._key = f"nemovl_peers_{next(_NUMBERS)}" if self._store is not None else ""
         self._token = b""
         self._selector = selectors.DefaultSelector()
         self._connections: set[socket.socket] = set()
