@@ -46,7 +46,10 @@ os._exit(code)
 """
 
 
-@pytest.mark.parametrize(("how", "first"), [("killed", 1), ("failed", 1), ("well", 0)])
+@pytest.mark.parametrize(
+    ("how", "first"),
+    [("killed", 1), pytest.param("failed", 1, marks=pytest.mark.slow), pytest.param("well", 0, marks=pytest.mark.slow)],
+)
 def test_the_others_end(tmp_path, how, first):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", SCRIPT, how, str(tmp_path / "store")]
