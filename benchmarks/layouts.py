@@ -26,7 +26,7 @@ from pathlib import Path
 
 PACKS_PER_STEP = 8
 LEARNING_RATE = 1e-4
-STALL_SECONDS = 90
+STALL_SECONDS = 180
 
 
 def main() -> None:
@@ -83,6 +83,7 @@ def compare(args: argparse.Namespace) -> None:
         "date": time.strftime("%Y-%m-%d"),
         "command": " ".join(["python", *sys.argv]),
         "versions": {name: _version(name) for name in ("torch", "megatron-core", "transformer-engine", "mamba-ssm")},
+        "processes": args.processes,
         "reference": names[0],
         "layouts": rows,
     }
@@ -103,6 +104,10 @@ def train_all(args: argparse.Namespace) -> None:
     import torch
 
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "gpu"))
+    if torch.cuda.is_available():
+        from shared_gpus import local_rank
+
+        os.environ["LOCAL_RANK"] = str(local_rank(int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()))
     for name in args.layouts:
         # A layout that hangs says where, in every process.
         faulthandler.dump_traceback_later(STALL_SECONDS, exit=True)
@@ -154,7 +159,7 @@ def train_one(name: str, args: argparse.Namespace) -> dict:
         row["seconds"].append(result.seconds)
     row["median_step_seconds"] = sorted(row.pop("seconds"))[args.steps // 2]
     row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
-    row["device"] = torch.cuda.get_device_name() if cuda else "CPU"
+    row["device"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}" if cuda else "CPU"
     row["dtype"], row["dp"] = str(dtype), layout.dp
     layout.destroy()
     return row
