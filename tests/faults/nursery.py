@@ -5,6 +5,7 @@ Reads one JSON request a line, answers each with the ranks' exit codes (negative
 request is a run's `config`, or the recipe file of a `schedule` with the `root` of its runs.
 """
 
+import copy
 import importlib
 import json
 import os
@@ -17,12 +18,14 @@ from pathlib import Path
 import torch
 from injector import Fault, Injector
 
+from nemovl_train.config import compose
 from nemovl_train.config.dump import load_yaml
-from nemovl_train.config.schema import RunConfig
+from nemovl_train.config.schema import RunConfig, ScheduleConfig
 from nemovl_train.exit_codes import ExitCode, guarded
 from nemovl_train.training import trainer
 
 AFTER_A_FAILURE_S = 8.0
+KNOWN: dict[tuple[str, ...], object] = {}
 
 
 def main() -> None:
@@ -35,7 +38,7 @@ def main() -> None:
 def serve(request: dict) -> list[int]:
     ranks = request["ranks"]
     if "schedule" in request:
-        importlib.import_module("nemovl_train.schedule.chain")  # once, for all that are forked from here on
+        prepare_schedule(request)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -78,11 +81,34 @@ def child(request: dict, rank: int, port: int) -> None:
         os._exit(code)
 
 
+def prepare_schedule(request: dict) -> None:
+    """Import and compose what a schedule needs, for all that are forked from here on.
+
+    Hydra composes a recipe again for each stage, three times in all, which takes longer than these stages train. What
+    it makes of the same words is remembered; what differs between runs (folders, parents) is set afterwards.
+    """
+    importlib.import_module("nemovl_train.schedule.chain")
+    if not KNOWN:
+        plain = compose.compose
+
+        def remembered(config_name: str, overrides: list[str]) -> object:
+            key = (config_name, *overrides)
+            if key not in KNOWN:
+                KNOWN[key] = plain(config_name=config_name, overrides=overrides)
+            return copy.deepcopy(KNOWN[key])
+
+        compose.compose = remembered
+    composed(request)
+
+
+def composed(request: dict) -> ScheduleConfig:
+    return compose.compose_schedule(request["schedule"], values={"run.root": request["root"]})
+
+
 def run_schedule(request: dict) -> int:
-    from nemovl_train.config.compose import compose_schedule
     from nemovl_train.schedule import chain
 
-    return chain.run(compose_schedule(request["schedule"], values={"run.root": request["root"]}))
+    return chain.run(composed(request))
 
 
 def kill(pid: int) -> None:
