@@ -73,7 +73,11 @@ class PeerWatch:
         self._tell(_BYE if error is None else _LOST)
 
     def _listen(self, store: dist.Store) -> None:
-        listener = socket.create_server(("", 0), backlog=128)
+        try:
+            listener = socket.create_server(("", 0), backlog=128)
+        except OSError:
+            store.set(self._key, "")  # nobody waits for what does not come
+            raise
         self._selector.register(listener, selectors.EVENT_READ)
         # MASTER_ADDR is where rank 0 runs: the others have reached it there before.
         host, port = os.environ.get("MASTER_ADDR", "localhost"), listener.getsockname()[1]
@@ -82,7 +86,10 @@ class PeerWatch:
         store.set(self._key, f"{host} {port} {self._token.decode()}")
 
     def _connect(self, store: dist.Store) -> None:
-        host, port, token = store.get(self._key).decode().split()
+        found = store.get(self._key).decode().split()
+        if not found:
+            raise OSError("the first process cannot listen")
+        host, port, token = found
         connection = socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS)
         connection.sendall(token.encode())
         self._add(connection)

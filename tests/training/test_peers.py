@@ -23,6 +23,8 @@ for number in (1, 2):
         rank = number
         break
 code = 0
+if how == "deaf":
+    peers.socket.create_server = lambda *args, **options: os.open("/nowhere", 0)
 if rank == 0:
     with peers.PeerWatch(0, 1, None):
         pass  # what it does alone before the others join
@@ -33,7 +35,7 @@ try:
             os.kill(os.getpid(), signal.SIGKILL)
         if rank == 1 and how == "failed":
             raise ValueError
-        if how != "well":
+        if how not in ("well", "deaf"):
             time.sleep(60)  # where a process waits for its device
         if how == "well" and rank == 2:
             time.sleep(1.0)  # the others have long left
@@ -48,7 +50,11 @@ os._exit(code)
 
 @pytest.mark.parametrize(
     ("how", "first"),
-    [("killed", 1), pytest.param("failed", 1, marks=pytest.mark.slow), pytest.param("well", 0, marks=pytest.mark.slow)],
+    [
+        ("killed", 1),
+        pytest.param("failed", 1, marks=pytest.mark.slow),
+        *(pytest.param(name, 0, marks=pytest.mark.slow) for name in ("well", "deaf")),
+    ],
 )
 def test_the_others_end(tmp_path, how, first):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -57,7 +63,8 @@ def test_the_others_end(tmp_path, how, first):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=50, check=False)
     assert done.returncode == first, done.stderr
     assert time.monotonic() - began < 30
-    if how == "well":
+    assert done.stderr.count("does not hear of the end") == (RANKS if how == "deaf" else 0)
+    if first == 0:
         assert done.stdout == "[0, 0]\n"
         assert "ended" not in done.stderr
     else:
