@@ -117,7 +117,13 @@ def refuse_existing(out: Path) -> None:
 
 
 def export_checkpoint(
-    source: Path, out: Path, *, tokenizer: Path | None = None, dtype: str | None = None, overwrite: bool = False
+    source: Path,
+    out: Path,
+    *,
+    tokenizer: Path | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    fp8: bool = False,
 ) -> Path:
     """Export a checkpoint, a stage's newest one, or a run's last stage. One that was cut off is continued.
 
@@ -127,6 +133,7 @@ def export_checkpoint(
         tokenizer: Folder with tokenizer.json; None takes the one that the checkpoint names.
         dtype: `fp32` or `bf16`; None keeps the checkpoint's.
         overwrite: Replace an earlier export of that name.
+        fp8: Write the language model's linear layers in FP8.
 
     Raises:
         ConversionError: No complete checkpoint, no tokenizer where one is needed, or `out` exists.
@@ -147,6 +154,7 @@ def export_checkpoint(
         identity=sealed.seal_of(folder),
         dtype=None if dtype is None else DTYPES[dtype],
         overwrite=overwrite,
+        fp8=fp8,
         **info.export,
     )
 

@@ -30,6 +30,7 @@ def add_convert_commands(subparsers: Any) -> None:
     exporter.add_argument("--out", type=Path, required=True, help="new folder")
     exporter.add_argument("--tokenizer", type=Path, help="folder with tokenizer.json (default: the run's own)")
     exporter.add_argument("--dtype", choices=("fp32", "bf16"), help="number format (default: that of the checkpoint)")
+    exporter.add_argument("--fp8", action="store_true", help="the language model's linear layers in FP8, for serving")
     exporter.add_argument("--adapters", action="store_true", help="adapters alone, in the layout of the peft library")
     exporter.add_argument("--merge", action="store_true", help="merge adapters into their base first")
     exporter.add_argument("--base", type=Path, help="for --merge: the adapted checkpoint, if it was moved")
@@ -67,7 +68,7 @@ def _export(args: argparse.Namespace) -> int:
     _need_folder(args.source)
     if args.adapters:
         return _export_adapters(args)
-    options = {"tokenizer": args.tokenizer, "dtype": args.dtype, "overwrite": args.overwrite}
+    options = {"tokenizer": args.tokenizer, "dtype": args.dtype, "overwrite": args.overwrite, "fp8": args.fp8}
     if args.merge:
         from nemovl_train.convert.adapters import export_merged
 
@@ -81,7 +82,7 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _export_adapters(args: argparse.Namespace) -> int:
-    given = [flag for flag in ("tokenizer", "dtype", "merge", "base", "overwrite") if getattr(args, flag)]
+    given = [flag for flag in ("tokenizer", "dtype", "merge", "base", "overwrite", "fp8") if getattr(args, flag)]
     if given:
         raise ConversionError(f"--adapters goes without --{given[0]}")
     from nemovl_train.convert.adapters import export_adapters

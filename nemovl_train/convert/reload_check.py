@@ -35,6 +35,7 @@ from transformers import (
 
 from nemovl_train.config.schema import ModelConfig
 from nemovl_train.convert import hf_layout
+from nemovl_train.convert.fp8 import CONFIG_KEY
 from nemovl_train.convert.guard import refuse_code_from
 from nemovl_train.convert.hf_config import OMNI_FOLDER, read_config, read_kind
 from nemovl_train.convert.names import is_llama
@@ -62,7 +63,7 @@ def main(hf_dir: Path, out: Path) -> None:
             if is_llama(config.language):
                 outputs |= _composed(hf_dir, files, config, outputs["tower_features"], probe)
             else:
-                whole, reports["vlm"] = _whole(hf_dir, config, probe)
+                whole, reports["vlm"] = _whole(hf_dir, files, config, probe)
                 outputs |= whole
     save_file({n: t.float().contiguous() for n, t in outputs.items()}, str(out / "theirs.safetensors"))
     versions = {"transformers": transformers.__version__, "torch": torch.__version__}
@@ -80,11 +81,12 @@ def _text_model(hf_dir: Path, kind: str, files: TensorFolder) -> tuple[Any, dict
     llm = document if kind == "language" else document.get("llm_config") or document["text_config"]
     llama = llm.get("model_type") == "llama"
     of_config, of_model = (LlamaConfig, LlamaForCausalLM) if llama else (NemotronHConfig, NemotronHForCausalLM)
-    if kind == "language":
+    if kind == "language" and not files.fp8:
         model, info = of_model.from_pretrained(hf_dir, **OPTIONS)
     else:
-        state = _part(files, "language_model.")
-        model, info = of_model.from_pretrained(None, config=of_config(**llm), state_dict=state, **OPTIONS)
+        state = _part(files, "language_model." if kind == "vlm" else "")
+        settings = of_config(**_unquantized(llm))
+        model, info = of_model.from_pretrained(None, config=settings, state_dict=state, **OPTIONS)
     release_time_step(model)
     return model.eval(), info
 
@@ -102,12 +104,17 @@ def _vision(
     return model.eval()(probe.tiles.float() / 255.0).features, _report(info)
 
 
-def _whole(hf_dir: Path, config: ModelConfig, probe: Probe) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _whole(
+    hf_dir: Path, files: TensorFolder, config: ModelConfig, probe: Probe
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Logits [S, V] of text and tiles, and the projected visual tokens, by the native Omni class."""
     written = hf_dir / OMNI_FOLDER / "config.json"
     fields = read_json(written) if written.is_file() else hf_layout.omni_config(config, dtype="float32")
-    settings = NemotronH_Omni_Reasoning_V3_Config(**fields)
-    model, info = NemotronH_Omni_Reasoning_V3.from_pretrained(hf_dir, config=settings, **OPTIONS)
+    settings = NemotronH_Omni_Reasoning_V3_Config(**_unquantized(fields))
+    # FP8 weights are compared as what they stand for; the class itself would need one more package for them.
+    held = {"state_dict": _part(files, "")} if files.fp8 else {}
+    source = None if files.fp8 else hf_dir
+    model, info = NemotronH_Omni_Reasoning_V3.from_pretrained(source, config=settings, **held, **OPTIONS)
     release_time_step(model)
     # The class casts pixels to this format, and has none when it was built from a config.
     model.vision_model.config.dtype = torch.float32
@@ -154,6 +161,10 @@ def _patches(config: ModelConfig, tiles: Tensor) -> tuple[Tensor, Tensor]:
     side, grid = config.vision.patch_size, config.vision.tile_size // config.vision.patch_size
     cut = pixels.unfold(2, side, side).unfold(3, side, side)  # [T, 3, G, G, P, P]
     return cut.permute(0, 2, 3, 1, 4, 5).reshape(-1, 3 * side * side), torch.full((tiles.shape[0], 2), grid)
+
+
+def _unquantized(document: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in document.items() if key != CONFIG_KEY}
 
 
 def _part(files: TensorFolder, prefix: str) -> dict[str, Tensor]:

@@ -21,8 +21,10 @@ from safetensors import safe_open
 
 from nemovl_train.checkpoint.files import sha256, write_whole
 from nemovl_train.convert.disk import explain_writes
+from nemovl_train.convert.fp8 import quantize
 from nemovl_train.convert.hf_export import MANIFEST
 from nemovl_train.convert.hf_import import HFFolder
+from nemovl_train.convert.lazy import Tensors
 from nemovl_train.convert.mapping import hf_tensors
 from nemovl_train.convert.names import constant_names, is_llama, table
 from nemovl_train.convert.tensor_files import raw_bytes, read_json
@@ -153,9 +155,27 @@ def _check_reference(folder: HFFolder, reference: Path, check: Check) -> None:
     check.detail = dict(info.facts)
     if config.language != folder.config.language or config.parts != folder.config.parts:
         raise ConversionError(f"{reference} holds another model than the folder")
-    for name, tensor in folder.tensors():
+    entries = table(folder.config, folder.kind)
+    fp8 = {entry.ours for entry in entries if folder.files.fp8.keys() & {*entry.hf}}
+    if fp8:
+        check.detail["FP8 weights equal bitwise to the reference's, quantised again"] = _check_fp8(
+            folder, hf_tensors(tensors, entries, dtype=folder.dtype, state_dtype=folder.state_dtype), reference
+        )
+    whole = folder.tensors()
+    for name in [n for n in whole.specs if n not in fp8]:
+        tensor = whole.read(name)
         if name not in tensors.specs or raw_bytes(tensors.read(name).to(tensor.dtype)) != raw_bytes(tensor):
             raise ConversionError(f"{name} differs from {reference}")
+
+
+def _check_fp8(folder: HFFolder, expected: Tensors, reference: Path) -> int:
+    """FP8 weights and scales are those that the reference's weights give, byte by byte; returns how many there are."""
+    for name, scale in folder.files.fp8.items():
+        values, scales = quantize(expected.read(name), folder.files.stored[scale].dtype)
+        for found, wanted in ((name, values), (scale, scales)):
+            if raw_bytes(folder.files.read_stored(found)) != raw_bytes(wanted):
+                raise ConversionError(f"{found} is not what {reference} gives in FP8")
+    return len(folder.files.fp8)
 
 
 def _check_in_clean_processes(hf_dir: Path, folder: HFFolder, checks: list[Check], tolerance: float) -> None:
