@@ -34,6 +34,7 @@ def add_convert_commands(subparsers: Any) -> None:
     exporter.add_argument("--adapters", action="store_true", help="adapters alone, in the layout of the peft library")
     exporter.add_argument("--merge", action="store_true", help="merge adapters into their base first")
     exporter.add_argument("--base", type=Path, help="for --merge: the adapted checkpoint, if it was moved")
+    exporter.add_argument("--logits", action="store_true", help="for --merge: compare logits of the whole model first")
     exporter.add_argument("--overwrite", action="store_true", help="replace an earlier export of that name")
     exporter.set_defaults(run=_export)
 
@@ -42,6 +43,7 @@ def add_convert_commands(subparsers: Any) -> None:
     merger.add_argument("--out", type=Path, required=True, help="new folder for the checkpoint")
     merger.add_argument("--base", type=Path, help="the adapted checkpoint, if it was moved since training")
     merger.add_argument("--dtype", choices=("fp32", "bf16"), help="number format (default: that of the run)")
+    merger.add_argument("--logits", action="store_true", help="compare logits of the whole model first, in memory")
     merger.set_defaults(run=_merge)
 
     checker = verbs.add_parser("verify", help="reload with Transformers and compare logits")
@@ -69,10 +71,12 @@ def _export(args: argparse.Namespace) -> int:
     if args.adapters:
         return _export_adapters(args)
     options = {"tokenizer": args.tokenizer, "dtype": args.dtype, "overwrite": args.overwrite, "fp8": args.fp8}
+    if not args.merge and (args.base or args.logits):
+        raise ConversionError(f"--{'base' if args.base else 'logits'} goes with --merge")
     if args.merge:
         from nemovl_train.convert.adapters import export_merged
 
-        path = export_merged(args.source, args.out, base=args.base, **options)
+        path = export_merged(args.source, args.out, base=args.base, logits=args.logits, **options)
     else:
         from nemovl_train.convert.checkpoints import export_checkpoint
 
@@ -82,7 +86,9 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _export_adapters(args: argparse.Namespace) -> int:
-    given = [flag for flag in ("tokenizer", "dtype", "merge", "base", "overwrite", "fp8") if getattr(args, flag)]
+    given = [
+        flag for flag in ("tokenizer", "dtype", "merge", "base", "overwrite", "fp8", "logits") if getattr(args, flag)
+    ]
     if given:
         raise ConversionError(f"--adapters goes without --{given[0]}")
     from nemovl_train.convert.adapters import export_adapters
@@ -96,8 +102,10 @@ def _merge(args: argparse.Namespace) -> int:
     _need_folder(args.source)
     from nemovl_train.convert.adapters import merge_checkpoint
 
-    made = merge_checkpoint(args.source, args.out, base=args.base, dtype=args.dtype)
-    text = f"merged {args.source}: logits differ by {made['largest_difference']:.1g} at most"
+    made = merge_checkpoint(args.source, args.out, base=args.base, dtype=args.dtype, logits=args.logits)
+    text = (
+        f"merged {args.source}: outputs of {made['layers']} layers differ by {made['largest_difference']:.1g} at most"
+    )
     _print(args, made, f"{text}; export it with: nemovl convert export {args.out} --out DIR")
     return ExitCode.OK
 
