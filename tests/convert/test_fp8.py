@@ -204,12 +204,18 @@ def test_transformers_opens_it_with_compressed_tensors(fp8):
     state = {name: folder.files.read(name) for name in folder.files.specs}
     model = NemotronHForCausalLM.from_pretrained(fp8["language"], dtype=torch.float32).eval()
     plain = NemotronHForCausalLM.from_pretrained(None, config=_plain(fp8["language"]), state_dict=state).eval()
+    modules = dict(model.named_modules())
+    for name in folder.files.fp8:
+        module = modules[name.removesuffix(".weight").replace("backbone.", "model.", 1)]
+        weight = module.weight.float() * getattr(module, "weight_scale", torch.ones(1)).float()
+        assert torch.equal(weight, state[name]), name
     ids = make_probe(folder.config).text[None]
     for one in (model, plain):
         release_time_step(one)
     with torch.no_grad():
         found, expected = model(ids).logits, plain(ids).logits
-    assert (found - expected).abs().max() <= 0.05 * expected.abs().max()  # it also rounds activations to FP8
+    # It rounds activations to FP8 as well, which random weights do not forgive; a wrong scale would give noise.
+    assert (found - expected).norm() <= 0.15 * expected.norm()
 
 
 def _plain(folder: Path):
