@@ -49,6 +49,12 @@ def add_convert_commands(subparsers: Any) -> None:
     checker = verbs.add_parser("verify", help="reload with Transformers and compare logits")
     checker.add_argument("hf_dir", type=Path, metavar="DIR", help="exported folder")
     checker.add_argument("--reference", type=Path, help="checkpoint that every tensor must equal")
+    checker.add_argument(
+        "--logits",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="compare logits, which takes the whole model in memory (default: where there is room)",
+    )
     checker.set_defaults(run=_verify)
 
     for verb in (importer, exporter, merger, checker):
@@ -114,7 +120,7 @@ def _verify(args: argparse.Namespace) -> int:
     _need_folder(args.hf_dir)
     from nemovl_train.convert.verify import card_text, verify
 
-    card = verify(args.hf_dir, reference=args.reference)
+    card = verify(args.hf_dir, reference=args.reference, logits=args.logits)
     _print(args, card, card_text(card).rstrip())
     return ExitCode.OK if card["ok"] else ExitCode.FAILED
 
