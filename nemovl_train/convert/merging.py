@@ -70,7 +70,7 @@ class Merged:
     def origin(self) -> dict[str, Any]:
         """What the state of a checkpoint of it says, as that of an imported one would."""
         state = {} if self.imported is None else self.imported.state
-        kept = {key: state[key] for key in ("constants", "state_dtype") if key in state}
+        kept: dict[str, Any] = {key: state[key] for key in ("constants", "state_dtype") if key in state}
         if "carried" in self.info.export:
             carried = self.info.export["carried"]
             kept["carried"] = {"model": asdict(carried.config), "media": asdict(carried.media), "dtype": carried.dtype}
