@@ -320,6 +320,8 @@ def describe_checkpoint(folder: Path, *, parent: Path | None = None) -> Checkpoi
         "seed": run.trainer.seed,
         "checkpoint integrity": sealed.seal_of(folder),
     }
+    if measured := _measured(home, state.get("step")):
+        facts["held-out results"] = measured
     export: dict[str, Any] = {"media": _media_budget(run.data)}
     behind = import_behind(folder, parent=parent)
     imported = None if behind is None else _imported(behind.state, behind.home)
@@ -332,6 +334,18 @@ def describe_checkpoint(folder: Path, *, parent: Path | None = None) -> Checkpoi
         tokenizer=Path(run.data.tokenizer) if run.data.tokenizer else None,
         export=export,
     )
+
+
+def _measured(stage: Path, step: int | None) -> dict[str, Any]:
+    """Loss and exact match of every held-out set, where the stage's evaluation is of this step; else empty."""
+    path = stage / "evaluation.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not found or found.get("step") != step:
+        return {}
+    return {
+        name: {key: round(scores[key], 4) for key in ("loss", "exact_match") if scores.get(key) is not None}
+        for name, scores in found["sources"].items()
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
