@@ -97,9 +97,9 @@ class Case:
         vision: dict[str, Any] = {}
         projector = ProjectorConfig()
         if small:
-            widths = {"hidden_size": 64, "num_attention_heads": 4, "num_query_groups": 2, "head_dim": 16}
+            widths = {"hidden_size": 64, "num_attention_heads": 4, "num_query_groups": 4, "head_dim": 16}
             widths |= {"ffn_hidden_size": 160, "mamba_num_heads": 8, "mamba_head_dim": 16, "mamba_state_dim": 16}
-            widths |= {"mamba_num_groups": 2, "chunk_size": 32}
+            widths |= {"mamba_num_groups": 4, "chunk_size": 32}
             vision = {"hidden_size": 48, "num_attention_heads": 4, "ffn_hidden_size": 192, "tile_size": 64}
             vision |= {"max_resolution": 256, "prefix_tokens": 4}
             projector = ProjectorConfig(ffn_hidden_size=80)
