@@ -132,6 +132,7 @@ def _train(case: Any, config: Any, layout: Any, args: argparse.Namespace) -> dic
     import torch
     from profile_step import profiled
 
+    from nemovl_train.model.adapters import add_adapters
     from nemovl_train.model.flops import training_flops
     from nemovl_train.model.vlm import build_model
     from nemovl_train.training.optimizer import Optimizers
@@ -147,6 +148,7 @@ def _train(case: Any, config: Any, layout: Any, args: argparse.Namespace) -> dic
         recompute=case.recompute,
         draw_on=layout.device,
     )
+    add_adapters(model, case.adapter, layout, seed=1234)
     model.freeze(train=case.train)
     optimizers = Optimizers(model, layout, case.optim, dtype)
     packs = make_packs(case, config, layout.dp_rank)
@@ -157,6 +159,7 @@ def _train(case: Any, config: Any, layout: Any, args: argparse.Namespace) -> dic
             num_tiles=len(pack.tiles),
             head_tokens=pack.stats["supervised_tokens"],
             train=case.train,
+            adapted=("language",) if case.adapted else (),
         ).total
         for pack in packs
     ]

@@ -9,6 +9,8 @@ from typing import Any
 import yaml
 
 from nemovl_train.config.schema import (
+    AdapterConfig,
+    AdapterTargets,
     LanguageConfig,
     ModelConfig,
     OptimConfig,
@@ -35,6 +37,7 @@ class Case:
         vocab_size: Rows of embedding and head.
         vision_layers: Blocks of the tower; 0 leaves tower and projector out.
         train: Parts that train.
+        adapted: Layers of the language model that get adapters of rank 16, as `adapter.targets.language` names them.
         seq_length: Tokens of a pack.
         mean_tokens: Mean length of a document, lognormal with sigma 0.9, cut to fill the pack; 0 is one document.
         visual: Share of the tokens that are visual.
@@ -51,6 +54,7 @@ class Case:
     vocab_size: int = LanguageConfig.vocab_size
     vision_layers: int = 0
     train: tuple[str, ...] = ("language",)
+    adapted: tuple[str, ...] = ()
     seq_length: int = 16384
     mean_tokens: int = 3500
     visual: float = 0.0
@@ -61,6 +65,11 @@ class Case:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-4, weight_decay=0.1, beta2=0.95))
+
+    @property
+    def adapter(self) -> AdapterConfig:
+        """Rank and scale are those of `configs/adapter/lora.yaml`."""
+        return AdapterConfig(rank=16 if self.adapted else 0, targets=AdapterTargets(language=self.adapted))
 
     def small(self) -> Case:
         """The same at laptop widths: layers, packs and steps are few, options stay. States are float32 on a CPU."""
@@ -88,9 +97,9 @@ class Case:
         vision: dict[str, Any] = {}
         projector = ProjectorConfig()
         if small:
-            widths = {"hidden_size": 64, "num_attention_heads": 4, "num_query_groups": 2, "head_dim": 16}
+            widths = {"hidden_size": 64, "num_attention_heads": 4, "num_query_groups": 4, "head_dim": 16}
             widths |= {"ffn_hidden_size": 160, "mamba_num_heads": 8, "mamba_head_dim": 16, "mamba_state_dim": 16}
-            widths |= {"mamba_num_groups": 2, "chunk_size": 32}
+            widths |= {"mamba_num_groups": 4, "chunk_size": 32}
             vision = {"hidden_size": 48, "num_attention_heads": 4, "ffn_hidden_size": 192, "tile_size": 64}
             vision |= {"max_resolution": 256, "prefix_tokens": 4}
             projector = ProjectorConfig(ffn_hidden_size=80)
@@ -125,6 +134,7 @@ def load_case(name: str, changes: list[str]) -> Case:
             if section in values:
                 default = Case(case=name).optim if section == "optim" else kind()
                 values[section] = replace(default, **values[section])
-        return Case(**values | {"train": tuple(values.get("train", ("language",)))})
+        lists = {"train": ("language",), "adapted": ()}
+        return Case(**values | {key: tuple(values.get(key, default)) for key, default in lists.items()})
     except TypeError as error:
         raise SystemExit(f"{path.name} {' '.join(changes)}: {error}") from error
