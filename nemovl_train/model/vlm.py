@@ -128,11 +128,13 @@ class NemotronVL(MegatronModule):
             features = self.vision_model.encode(tiles_T3PP)
         return self.projector(features)
 
-    def forward(self, batch: PackBatch) -> Tensor:
+    def forward(self, batch: PackBatch, *, weights_are_final: bool = False) -> Tensor:
         """Cross entropy of every position, in nats; 0 where there is no label.
 
         Args:
             batch: One pack.
+            weights_are_final: Backward will start from the sum of the losses times the batch's weights, as they are
+                now, so that the head's gradients can be made in forward (`token_loss`).
 
         Returns:
             [L] float32.
@@ -141,7 +143,12 @@ class NemotronVL(MegatronModule):
             DataError: Image tokens and tiles do not belong together.
         """
         losses = self._language()(
-            batch.input_ids, batch.params, batch.labels, self._embeddings(batch), batch.supervised
+            batch.input_ids,
+            batch.params,
+            batch.labels,
+            self._embeddings(batch),
+            batch.supervised,
+            batch.loss_weight if weights_are_final else None,
         )
         if self.training and torch.is_grad_enabled() and not losses.requires_grad:
             # Nothing that trains took part (projector warm-up meets a pack without images). The trainer still runs a
