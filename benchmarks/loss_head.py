@@ -62,13 +62,13 @@ def _measure(case: Any, layout: Any) -> dict[str, Any]:
     fused, remade = partial(ours, known=True), partial(ours, known=False)
 
     def eager(positions: Tensor) -> Tensor:
-        logits = F.linear(hidden.squeeze(1)[positions], weight).float()
+        logits = F.linear(hidden.squeeze(1).index_select(0, positions), weight).float()
         return F.cross_entropy(logits, labels[positions])
 
     def stock(positions: Tensor) -> Tensor:
         from megatron.core.extensions.transformer_engine import te_parallel_cross_entropy
 
-        logits = F.linear(hidden[positions], weight)
+        logits = F.linear(hidden.index_select(0, positions), weight)
         return te_parallel_cross_entropy(logits, labels[positions][:, None], head.tp_group).mean()
 
     every = torch.arange(case.seq_length, device=device)

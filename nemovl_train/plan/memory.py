@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, fields
 
 from nemovl_train.config.schema import LanguageConfig, RunConfig
-from nemovl_train.model.chunks import FLOAT_LOGITS, TILES_AT_A_TIME, TILES_ENCODED_AGAIN, rows_at_a_time
+from nemovl_train.model.chunks import TILES_AT_A_TIME, TILES_ENCODED_AGAIN, rows_at_a_time
 from nemovl_train.plan.load import Grid, PackLoad
 from nemovl_train.plan.policy import Policy, policy_of
 from nemovl_train.plan.trainable import trainable
@@ -20,8 +20,6 @@ _TOWER_WIDTHS_LIVE = 10
 """Tower widths that exist at once in a block that keeps nothing."""
 _TOWER_WIDTHS_MADE_AGAIN = 6
 """Of those, norms out twice and the GELU out: what selective recomputation drops."""
-_FLOAT_LOGIT_COPIES = 3
-"""Float32 numbers of a logit in the block at work, and its share in sums."""
 _LOGIT_BYTES_WHOLE = 2
 """Of one logit under a fused cross entropy, whose gradient takes the logits' place."""
 _WHOLE_COPIES = 3
@@ -187,5 +185,5 @@ def _logits(size: LanguageConfig, grid: Grid, load: PackLoad, policy: Policy, wi
     positions = (load.seq_length if policy.head_everywhere else load.head_tokens) / grid.cp
     if not policy.chunked_loss:
         return positions * rows * _LOGIT_BYTES_WHOLE
-    logits = min(positions, rows_at_a_time(math.ceil(rows), width)) * rows
-    return logits * width + _FLOAT_LOGIT_COPIES * 4 * min(logits, FLOAT_LOGITS)
+    # Their kernels hold float32 numbers in registers alone.
+    return min(positions, rows_at_a_time(math.ceil(rows), width)) * rows * width

@@ -35,7 +35,7 @@ class Policy:
         tower_recompute: `none`, `selective`, `full` or `tiles`, as in `recompute.vision`.
         fused_gated_norm: The gated norm keeps no input of its own: it is part of the scan's kernel or, over context
             parallel ranks, reads the scan's output again.
-        chunked_loss: Logits exist for some positions at a time, made again in backward; else all at once.
+        chunked_loss: Logits exist for some positions at a time; else all at once.
         head_everywhere: Logits are made at every position, not at the supervised ones alone.
     """
 

@@ -131,7 +131,6 @@ def _kernels(
     recompute_mixing = 1 + again / size.num_layers / 3
     # Norms and activations run forward once more in either case.
     elementwise = 4 / 3 if policy.selective_recompute else recompute_mixing
-    head = work.head * (1 + 1 / passes) if policy.chunked_loss else work.head
     layers = work.mamba + work.mlp + work.attention - work.attention_core
     slower = GPU_TYPES["h100_80gb"].copy_bytes / gpu.copy_bytes
     tokens = load.seq_length / grid.pack_ranks
@@ -143,7 +142,7 @@ def _kernels(
         else 1
     )
     return {
-        "matrices": (layers * recompute + head) / grid.pack_ranks / gpu.gemm_flops,
+        "matrices": (layers * recompute + work.head) / grid.pack_ranks / gpu.gemm_flops,
         "attention": work.attention_core * recompute_mixing / grid.pack_ranks / gpu.attention_flops,
         "mixer": slower * _MIXER * tokens * mamba_channels * recompute_mixing,
         "elementwise": slower * _ELEMENTWISE * tokens * size.num_layers * size.hidden_size * elementwise,
