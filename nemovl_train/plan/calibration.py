@@ -23,7 +23,6 @@ from nemovl_train.plan.memory import memory
 from nemovl_train.plan.policy import BF16_MOMENTS, LEAN_STATES, Policy
 from nemovl_train.plan.timing import step_time
 
-
 MEGATRON_CORE, NEMOVL = "megatron-core 0.19.2", "nemovl"
 
 

@@ -55,8 +55,8 @@ def _projection(plans: Sequence[Plan]) -> list[str]:
         times = f"{paper / planned:.2f} x faster" if planned < paper else f"{planned / paper:.2f} x slower"
         rows.append([row["stage"], f"{planned:,.0f}", f"{paper:,.0f}", times, *rates, f"{row['share_measured']:.0%}"])
     return [
-        "beside the paper (arXiv 2511.03929, table 2, nodes of 8 H100 taken for granted; it trained in FP8, this is bf16;",
-        "tokens count padding, as the paper's do)",
+        "beside the paper (arXiv 2511.03929, table 2; its nodes are taken to have 8 H100; it trained in FP8, these are",
+        "bfloat16; tokens count padding, as the paper's do)",
         "",
         *_table(rows),
         "",
