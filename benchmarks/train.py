@@ -205,7 +205,6 @@ def _engine(case: Any, config: Any, layout: Any, *, small: bool) -> Any:
         from peer_stock import stock_engine
 
         return stock_engine(case, config.language, layout, dtype, small=small)
-    assert (case.engine, case.form) == ("ours", "packed"), "engine is ours or stock; forms are for peers"
     model = build_model(
         config,
         layout,
@@ -214,6 +213,11 @@ def _engine(case: Any, config: Any, layout: Any, *, small: bool) -> Any:
         recompute=case.recompute,
         draw_on=layout.device,
     )
+    if case.engine == "transformers":
+        from peer_transformers import TransformersEngine
+
+        return TransformersEngine(model, config, layout, case, dtype)
+    assert (case.engine, case.form) == ("ours", "packed"), "engine is ours, stock or transformers; forms are for peers"
     model.freeze(train=case.train)
     return Optimizers(model, layout, case.optim, dtype)
 

@@ -43,7 +43,8 @@ class Case:
         vocab_size: Rows of embedding and head.
         vision_layers: Blocks of the tower; 0 leaves tower and projector out.
         train: Parts that train.
-        engine: Program that trains: `ours`, or a peer, `stock` (megatron-core's own layers, `peer_stock.py`).
+        engine: Program that trains: `ours`, or a peer, `stock` (megatron-core's own layers, `peer_stock.py`) or
+            `transformers` (its own class under FSDP2, `peer_transformers.py`).
         form: What a peer makes of a pack: itself (`packed`), micro-batches of one document each (`alone`), or those in
             rows as long as the pack (`padded`).
         width: 1 for the 12B model's widths, 2 for half of them: the 2.4B stand-in of the long cases.

@@ -44,29 +44,34 @@ def test_the_deepspeed_benchmark_measures_every_rank(tmp_path):
         assert row["host"]["resident_gib"] > 0
 
 
-def test_training_cases_run_small(tmp_path):
-    """Every case's options, on as many CPU ranks as the case has GPUs at most two."""
+@pytest.mark.parametrize("gpus", [1, 2, 4])
+def test_training_cases_run_small(gpus, tmp_path):
+    """Every case's options, on as many CPU ranks as the case has GPUs; peers start where ours does."""
     sys.path.insert(0, str(BENCHMARKS))
-    from train_cases import FOLDER
+    from train_cases import FOLDER, load_cases
 
-    names = sorted(path.stem for path in FOLDER.glob("*.yaml"))
-    single = [name for name in names if "gpus:" not in (FOLDER / f"{name}.yaml").read_text()]
-    page = tmp_path / "page.txt"
-    for processes, chosen in ((1, single), (4, [name for name in names if name not in single])):
-        out = tmp_path / f"{processes}.json"
-        own = [sys.executable, str(BENCHMARKS / "train.py"), *chosen, "--small", "--out", str(out)]
-        subprocess.run([*own, "--profile", str(page)], check=True, timeout=900)
-        rows = json.loads(out.read_text())["rows"]
-        assert [row["case"] for row in rows] == chosen
-        for row in rows:
-            assert "failed" not in row, row
-            if row["case"] == "B9":
-                assert row["weight_gradient_error"] < 1e-5
-                assert row["hidden_gradient_error"] < 1e-5
-            else:
-                assert row["tokens_per_second_per_gpu"] > 0
-                assert row["loss_last"] < row["loss_first"]
-    assert page.read_text().count("## ") == len(names) - 1
+    every = {path.stem: load_cases(path.stem, []) for path in sorted(FOLDER.glob("*.yaml"))}
+    chosen = [name for name, cases in every.items() if cases[0].gpus == gpus]
+    runs = [case for name in chosen for case in every[name]]
+    page, out = tmp_path / "page.txt", tmp_path / "out.json"
+    own = [sys.executable, str(BENCHMARKS / "train.py"), *chosen, "--small", "--out", str(out)]
+    subprocess.run([*own, "--profile", str(page)], check=True, timeout=900)
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["case"], row["engine"]) for row in rows] == [(case.case, case.engine) for case in runs]
+    first = {}
+    for row in rows:
+        assert "failed" not in row, row
+        if row["options"]["kind"] == "head":
+            assert row["weight_gradient_error"] < 1e-5
+            assert row["hidden_gradient_error"] < 1e-5
+            continue
+        assert row["tokens_per_second_per_gpu"] > 0
+        assert row["loss_last"] < row["loss_first"]
+        parallel = row["options"]["parallel"]
+        # Runs of one case with equally many data parallel ranks see the same packs.
+        loss = first.setdefault((row["case"], parallel["tp"] * parallel["cp"]), row["loss_first"])
+        assert row["loss_first"] == pytest.approx(loss, rel=1e-5), row["case"]
+    assert page.read_text().count("## ") == sum(case.kind == "train" for case in runs)
 
 
 def test_a_profile_adds_up_kernels_and_gaps():
