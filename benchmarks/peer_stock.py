@@ -70,6 +70,7 @@ class StockModel(MegatronModule):
         super().__init__(language.config)
         self.language_model = language
         self.vision_model = self.projector = None
+        self.model_type = language.model_type
 
     def forward(self, batch: StockBatch) -> Tensor:
         """Cross entropy [n] of every position."""
