@@ -13,6 +13,7 @@ from typing import Any
 from data_pipelines.config import LOSS_MODES, LOSS_UNITS, PACKING_MODES
 from nemovl_train.config.adapters import adapter_problems
 from nemovl_train.config.nearest import did_you_mean, nearest_multiples
+from nemovl_train.config.precision import FP8, fp8_problems
 from nemovl_train.config.schema import PARTS, EvalConfig, RunConfig, RunSection, ScheduleConfig, VisionConfig
 from nemovl_train.parallel.legality import layout_problems
 
@@ -51,6 +52,7 @@ def validate_run(config: RunConfig, *, world_size: int | None = None) -> list[st
         *_tokens(config),
         *_data(config),
         *_precision_and_optim(config),
+        *fp8_problems(config),
         *_engine(config),
         *_recompute(config),
         *_trainer(config),
@@ -277,6 +279,9 @@ def _option(section: object, key: str) -> Any:
 def _precision_and_optim(config: RunConfig) -> Iterator[str]:
     yield from _choice("precision.params", config.precision.params, PARAMS)
     yield from _choice("precision.backend", config.precision.backend, BACKENDS)
+    yield from _choice("precision.fp8", config.precision.fp8, FP8)
+    for key in ("bf16_layers", "bf16_blocks"):
+        yield from _at_least(f"precision.{key}", getattr(config.precision, key), 0)
     optim = config.optim
     yield from _positive("optim.lr", optim.lr)
     for part in PARTS:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from nemovl_train.model.fp8 import in_fp8
 from nemovl_train.parallel import cpu
 
 cpu.install_if_no_cuda()
@@ -111,13 +112,22 @@ def _mark(norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     can_be_remade(output, lambda into: into.copy_(norm.forward(kept)))
 
 
+def _keeps_input(linear: nn.Module) -> bool:
+    """Whether the input would stay for backward: for the weight's gradient, unless in FP8, or for an adapter's.
+
+    What nobody keeps goes by itself; filling it again would be work for nothing.
+    """
+    weight_reads = linear.weight.requires_grad and not in_fp8(linear)
+    return weight_reads or any(p.requires_grad for name, p in linear.named_parameters() if "." in name)
+
+
 def _drop_input(linear: nn.Module, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, Any]) -> None:
     """Gives an input's memory back after the linear has read it, to be filled when the linear's gradient comes."""
     remake = getattr(inputs[0], "remake", None)
     if remake is None:
         return
     delattr(inputs[0], "remake")
-    if not outputs[0].requires_grad:
+    if not outputs[0].requires_grad or not _keeps_input(linear):
         return
     # `data` counts changes of its own: the values will be what they were, and autograd need not know.
     storage, same = inputs[0].untyped_storage(), inputs[0].data

@@ -114,6 +114,7 @@ class Trainer:
             backend=config.precision.backend,
             seed=config.trainer.seed,
             recompute=config.recompute,
+            precision=config.precision,
         )
         self.state = TrainState(seed=config.trainer.seed, config_hash=config_hash(config))
         resumed_from = folder.newest_checkpoint()
