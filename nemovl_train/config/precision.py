@@ -52,8 +52,8 @@ def _tokens(config: RunConfig) -> Iterator[str]:
     unit = TOKEN_BLOCK * ranks
     if ranks > 0 and config.data.seq_length % unit:
         yield (
-            f"data.seq_length={config.data.seq_length}: precision.fp8=blockwise wants a multiple of {TOKEN_BLOCK} on each "
-            f"of parallel.tp x parallel.cp = {ranks} ranks; nearest: {nearest_multiples(config.data.seq_length, unit)}"
+            f"data.seq_length={config.data.seq_length}: precision.fp8=blockwise wants a multiple of {TOKEN_BLOCK} on "
+            f"each of parallel.tp x parallel.cp = {ranks} ranks; nearest: {nearest_multiples(config.data.seq_length, unit)}"
         )
 
 
@@ -64,11 +64,10 @@ def _language_widths(config: RunConfig) -> Iterator[str]:
         return
     if size.hidden_size % WIDTH_UNIT:
         yield _width("model.language.hidden_size", size.hidden_size)
-    wrong = [f"{name} {width}" for name, width in split_widths(size).items() if width % (WIDTH_UNIT * tp)]
+    split = split_widths(size)
+    wrong = [f"{name} {width}" for name, width in split.items() if width % (WIDTH_UNIT * tp)]
     if wrong:
-        fits = (
-            t for t in range(tp, 0, -1) if not any(width % (WIDTH_UNIT * t) for width in split_widths(size).values())
-        )
+        fits = (t for t in range(tp, 0, -1) if not any(width % (WIDTH_UNIT * t) for width in split.values()))
         smaller = next(fits, None)
         advice = f"nearest: parallel.tp={smaller}" if smaller else "set precision.fp8=none"
         yield (
@@ -96,17 +95,14 @@ def _vision(config: RunConfig) -> Iterator[str]:
     vision, projector = config.model.vision, config.model.projector
     widths = {"model.projector.ffn_hidden_size": projector.ffn_hidden_size}
     if inner_layers(vision.num_layers, config.precision.bf16_blocks):
-        widths |= {
-            "model.vision.hidden_size": vision.hidden_size,
-            "model.vision.ffn_hidden_size": vision.ffn_hidden_size,
-        }
+        widths |= {f"model.vision.{key}": getattr(vision, key) for key in ("hidden_size", "ffn_hidden_size")}
         tokens = (vision.tile_size // max(vision.patch_size, 1)) ** 2 + vision.prefix_tokens
         if tokens % WIDTH_UNIT:
             # Extra prefix tokens are cut off behind the tower, so a checkpoint can be given some.
             more = vision.prefix_tokens + -tokens % WIDTH_UNIT
             yield (
-                f"model.vision.prefix_tokens={vision.prefix_tokens}: a tile has {tokens} tokens, precision.fp8=blockwise "
-                f"wants a multiple of {WIDTH_UNIT}; nearest: {more}, or keep the tower in bf16 with "
+                f"model.vision.prefix_tokens={vision.prefix_tokens}: a tile has {tokens} tokens, and "
+                f"precision.fp8=blockwise wants a multiple of {WIDTH_UNIT}; nearest: {more}, or keep the tower in bf16 with "
                 f"precision.bf16_blocks={-(-vision.num_layers // 2)}"
             )
     for key, width in widths.items():

@@ -114,7 +114,7 @@ def test_all_layers_may_stay_out(layout, depth):
 
 
 def test_a_backend_without_fp8_is_refused(layout):
-    with pytest.raises(UserError, match="set precision.fp8=none"):
+    with pytest.raises(UserError, match=r"set precision\.fp8=none"):
         vlm.build_model(
             CONFIG, layout, params_dtype=torch.float32, backend="torch", precision=PrecisionConfig(fp8="blockwise")
         )
