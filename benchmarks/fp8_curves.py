@@ -38,10 +38,8 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--small", action="store_true")
     args = parser.parse_args()
-    sys.path[:0] = [
-        str(Path(__file__).resolve().parents[1]),
-        str(Path(__file__).resolve().parents[1] / "tests" / "gpu"),
-    ]
+    root = Path(__file__).resolve().parents[1]
+    sys.path[:0] = [str(root), str(root / "tests" / "gpu")]
     import torch
 
     from nemovl_train.config.schema import ParallelConfig

@@ -49,11 +49,11 @@ def _formats(config: RunConfig) -> Iterator[str]:
 def _tokens(config: RunConfig) -> Iterator[str]:
     """Tokens of a rank, which the layout's own rule (whole chunks of the scan) need not make whole blocks."""
     ranks = config.parallel.tp * config.parallel.cp
-    unit = TOKEN_BLOCK * ranks
-    if ranks > 0 and config.data.seq_length % unit:
+    length, unit = config.data.seq_length, TOKEN_BLOCK * ranks
+    if ranks > 0 and length % unit:
         yield (
-            f"data.seq_length={config.data.seq_length}: precision.fp8=blockwise wants a multiple of {TOKEN_BLOCK} on "
-            f"each of parallel.tp x parallel.cp = {ranks} ranks; nearest: {nearest_multiples(config.data.seq_length, unit)}"
+            f"data.seq_length={length}: precision.fp8=blockwise wants a multiple of {TOKEN_BLOCK} on each of "
+            f"parallel.tp x parallel.cp = {ranks} ranks; nearest: {nearest_multiples(length, unit)}"
         )
 
 
@@ -102,8 +102,8 @@ def _vision(config: RunConfig) -> Iterator[str]:
             more = vision.prefix_tokens + -tokens % WIDTH_UNIT
             yield (
                 f"model.vision.prefix_tokens={vision.prefix_tokens}: a tile has {tokens} tokens, and "
-                f"precision.fp8=blockwise wants a multiple of {WIDTH_UNIT}; nearest: {more}, or keep the tower in bf16 with "
-                f"precision.bf16_blocks={-(-vision.num_layers // 2)}"
+                f"precision.fp8=blockwise wants a multiple of {WIDTH_UNIT}; nearest: {more}, or keep the tower in bf16 "
+                f"with precision.bf16_blocks={-(-vision.num_layers // 2)}"
             )
     for key, width in widths.items():
         if width % WIDTH_UNIT:

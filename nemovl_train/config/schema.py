@@ -169,8 +169,8 @@ class PrecisionConfig:
         params: `fp32` or `bf16`.
         backend: `te` (Transformer Engine and mamba-ssm on CUDA), `torch` (plain PyTorch, any device), `auto`.
         fp8: `none`, or `blockwise`: linear layers of all parts multiply in FP8 while they train (E4M3, a scale for each
-            128 numbers of an activation and each 128 x 128 of a weight). Weights, gradients, checkpoints, evaluation and
-            everything between the linear layers stay in `params`. Needs bf16, `te`, and a Hopper GPU or newer.
+            128 numbers of an activation and each 128 x 128 of a weight). Weights, gradients, checkpoints, evaluation
+            and everything between the linear layers stay in `params`. Needs bf16, `te`, and a Hopper GPU or newer.
         bf16_layers: With FP8, language layers at each end of the stack that do not take part.
         bf16_blocks: Likewise blocks at each end of the tower; half of them or more leave all of it in bf16.
     """
