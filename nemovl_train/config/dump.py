@@ -34,6 +34,7 @@ RESUME_MAY_CHANGE = (
     "checkpoint",
     "evaluation",
     "logging",
+    "profile",
     "cluster",
     "workload",
 )

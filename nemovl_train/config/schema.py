@@ -387,6 +387,21 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProfileConfig:
+    """Where the time of some steps goes, written to the stage's folder `profile`.
+
+    Attributes:
+        steps: Steps that are profiled, on the first rank; 0 for none.
+        after: Steps of this start before them.
+        trace: Write the whole trace as well, for a trace viewer.
+    """
+
+    steps: int = 0
+    after: int = 3
+    trace: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
     """Hardware that a layout is chosen for. Checks and plans read it; a run takes the processes it is started with.
 
@@ -448,6 +463,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     workload: WorkloadConfig = field(default_factory=WorkloadConfig)
 

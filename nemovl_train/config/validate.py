@@ -418,6 +418,8 @@ def _rest(config: RunConfig) -> Iterator[str]:
         if not path:
             yield f"evaluation.sources.{name} is empty; give the dataset folder"
     yield from _at_least("logging.every_steps", config.logging.every_steps, 1)
+    yield from _at_least("profile.steps", config.profile.steps, 0)
+    yield from _at_least("profile.after", config.profile.after, 1)
 
 
 def _validation(options: EvalConfig) -> Iterator[str]:

@@ -28,7 +28,7 @@ from nemovl_train.parallel.agree import from_every_rank, on_first_rank
 from nemovl_train.parallel.layout import Layout
 from nemovl_train.plan.trainable import trainable_text
 from nemovl_train.training import spikes
-from nemovl_train.training.callbacks import Callback, MetricsFile, ProgressLine, trackers
+from nemovl_train.training.callbacks import Callback, MetricsFile, Profile, ProgressLine, trackers
 from nemovl_train.training.control import Control
 from nemovl_train.training.deadline import SAFETY, Deadline
 from nemovl_train.training.engine import open_engine
@@ -379,6 +379,8 @@ class Trainer:
             self.callbacks.append(trackers.tensorboard(self.folder.path))
         if options.wandb:
             self.callbacks.append(trackers.wandb(self.folder.path, name=label, config=redact(to_plain(self.config))))
+        if self.config.profile.steps:
+            self.callbacks.append(Profile(self.folder.path, self.config.profile))
 
     def _call(self, hook: str, *args: object) -> None:
         for callback in self.callbacks:
