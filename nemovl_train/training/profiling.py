@@ -100,7 +100,7 @@ def _own_time(event: Any) -> Iterator[Span]:
     for child in sorted(event.cpu_children, key=lambda c: c.time_range.start):
         edges += [child.time_range.start, child.time_range.end]
     edges.append(event.time_range.end)
-    for number, (start, end) in enumerate(itertools.batched(edges, 2, strict=True)):
+    for number, (start, end) in enumerate(zip(edges[::2], edges[1::2], strict=True)):
         yield Span(event.name, start / 1e3, end / 1e3, calls=int(number == 0))
 
 
@@ -144,8 +144,8 @@ def summary(spans: Iterable[Span], wall_ms: float, *, steps: int = 1, waits: Ite
 
     Returns:
         Milliseconds of a step by the clock, with something running and with nothing; by kind; of collectives those
-        during which nothing else ran (`exposed_ms`) and the others (`hidden_ms`), and by name; the longest gaps and what
-        came after them; the names with most time; `launches` and `waits` of a step.
+        during which nothing else ran (`exposed_ms`) and the others (`hidden_ms`), and by name; the longest gaps and
+        what came after them; the names with most time; `launches` and `waits` of a step.
     """
     spans = sorted(spans, key=lambda span: span.start)
     kinds: dict[str, float] = defaultdict(float)
@@ -167,16 +167,18 @@ def summary(spans: Iterable[Span], wall_ms: float, *, steps: int = 1, waits: Ite
         "collectives": {
             "exposed_ms": (total(busy) - total(work)) / steps,
             "hidden_ms": sum(by_name[name] for name in talking) - (total(busy) - total(work)) / steps,
-            "by_name_ms": {name: by_name[name] for name in sorted(talking, key=by_name.__getitem__, reverse=True)},
+            "by_name_ms": {name: by_name[name] for name in _largest(by_name) if name in talking},
         },
         "longest_gaps": _gaps(busy, spans),
         "launches": sum(calls.values()) / steps,
         "waits": len(waited) / steps,
         "waits_ms": sum(waited) / steps,
-        "top": [
-            (by_name[n], calls[n] / steps, n) for n in sorted(by_name, key=by_name.__getitem__, reverse=True)[:TOP]
-        ],
+        "top": [(by_name[name], calls[name] / steps, name) for name in _largest(by_name)[:TOP]],
     }
+
+
+def _largest(numbers: dict[str, float]) -> list[str]:
+    return sorted(numbers, key=numbers.__getitem__, reverse=True)
 
 
 def merged(spans: Iterable[Span]) -> list[tuple[float, float]]:
@@ -216,10 +218,10 @@ def page(title: str, found: dict[str, Any]) -> str:
     lines = [
         f"## {title}",
         "",
-        f"step {wall:.1f} ms (profiled), something running {found['busy_ms']:.1f} ms, nothing {found['gap_ms']:.1f} ms, "
+        f"step {wall:.1f} ms (profiled), something running {found['busy_ms']:.1f} ms, nothing {found['gap_ms']:.1f} ms",
         f"{found['launches']:.0f} launches; the host waited for the device {found['waits']:.0f} times, "
         f"{found['waits_ms']:.1f} ms",
-        f"collectives: {talk['exposed_ms']:.1f} ms with nothing else running, {talk['hidden_ms']:.1f} ms behind other work",
+        f"collectives: {talk['exposed_ms']:.1f} ms with nothing else running, {talk['hidden_ms']:.1f} ms behind work",
         "",
         "   ms   of step  kind",
         *(f"{ms:8.1f} {ms / wall:6.1%}  {kind}" for kind, ms in found["kinds_ms"].items()),

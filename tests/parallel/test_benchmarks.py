@@ -67,13 +67,3 @@ def test_training_cases_run_small(tmp_path):
                 assert row["tokens_per_second_per_gpu"] > 0
                 assert row["loss_last"] < row["loss_first"]
     assert page.read_text().count("## ") == len(names) - 1
-
-
-def test_a_profile_adds_up_kernels_and_gaps():
-    sys.path.insert(0, str(BENCHMARKS))
-    from profile_step import summary
-
-    kernels = [("nvjet_gemm", 0.0, 4.0), ("ncclDevKernel_AllGather", 3.0, 6.0), ("_chunk_scan_fwd_kernel", 8.0, 9.0)]
-    found = summary(kernels, wall=12.0)
-    assert found["kinds_ms"] == {"GEMM": 4.0, "collectives": 3.0, "scan chain": 1.0}
-    assert (found["busy_ms"], found["gap_ms"], found["launches"]) == (7.0, 5.0, 3)

@@ -2,13 +2,16 @@
 
 import json
 import time
+from dataclasses import replace
 
 import pytest
+import running
+import tiny_runs
 import torch
 
-from nemovl_train.config.compose import compose_run
+from nemovl_train.config.schema import ProfileConfig
+from nemovl_train.training.folder import StageFolder
 from nemovl_train.training.profiling import Span, kind_of, page, recording, summary
-from tests.training.running import run
 
 KERNELS = [
     Span("nvjet_tst_gemm", 0.0, 4.0),
@@ -66,13 +69,10 @@ def test_operators_of_a_cpu_count_without_those_they_call():
     assert result["gap_ms"] > 45, "a sleep is a gap"
 
 
-def test_a_run_is_profiled(tmp_path):
-    config = compose_run(
-        "tiny/stage1_sft_16k",
-        [f"run.root={tmp_path}", "profile=on", "trainer.steps=6", "profile.after=2"],
-    )
-    run(config)
-    folder = tmp_path / config.run.name / config.run.stage / "profile"
+def test_a_run_is_profiled(data, tmp_path):
+    config = replace(tiny_runs.run_config(data, tmp_path, steps=5), profile=ProfileConfig(steps=2, after=2, trace=True))
+    running.run(config)
+    folder = StageFolder.of(config).path / "profile"
     found = json.loads((folder / "summary.json").read_text())
     assert found["title"].endswith("steps 3 to 4, rank 0 of 1")
     assert found["kinds_ms"]["GEMM"] > 0

@@ -6,4 +6,4 @@ from nemovl_train.training.callbacks.metrics import MetricsFile
 from nemovl_train.training.callbacks.profile import Profile
 from nemovl_train.training.callbacks.progress import ProgressLine
 
-__all__ = ["Callback", "MetricsFile", "ProgressLine", "trackers"]
+__all__ = ["Callback", "MetricsFile", "Profile", "ProgressLine", "trackers"]

@@ -54,8 +54,8 @@ class Profile(Callback):
         found.stop()
         steps = self._options.steps
         numbers = summary(found.spans(), found.wall_ms, steps=steps, waits=found.waits())
-        run = trainer.config.run
-        title = f"{run.name}/{run.stage}, steps {self._first} to {trainer.state.step}, rank 0 of {trainer.layout.world_size}"
+        run, ranks = trainer.config.run, trainer.layout.world_size
+        title = f"{run.name}/{run.stage}, steps {self._first} to {trainer.state.step}, rank 0 of {ranks}"
         with explain_disk_errors(self._folder):
             self._folder.mkdir(exist_ok=True)
             (self._folder / "summary.json").write_text(json.dumps({"title": title, **numbers}, indent=1))
