@@ -33,6 +33,7 @@ from nemovl_train.training.control import Control
 from nemovl_train.training.deadline import SAFETY, Deadline
 from nemovl_train.training.engine import open_engine
 from nemovl_train.training.folder import StageFolder, resolve_checkpoint
+from nemovl_train.training.kernel_choices import tune_once
 from nemovl_train.training.lost_process import explained
 from nemovl_train.training.lr import learning_rate
 from nemovl_train.training.micro_batches import StepDroppedError
@@ -163,6 +164,7 @@ class Trainer:
             closing.callback(self.stream.close)
             for callback in self.callbacks:
                 closing.callback(callback.close)
+            tune_once(self.model, self.layout, self.config.data.seq_length)
             self._call("on_start")
             while not self._has_ended():
                 if not self._take_step():
