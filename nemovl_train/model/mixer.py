@@ -213,7 +213,8 @@ class PackedMambaMixer(MambaMixer):
             tokens: Tokens of this context parallel rank.
         """
         ranks = self.cp_group.size()
-        parameters, sizes = self._parameters_outside_projections(), self.sizes
+        # Not by calling the norm: that would ask other ranks for updated weights.
+        parameters, sizes = self._parameters_with(self.norm.weight), self.sizes
         if self.exchanges_heads:
             parameters, sizes, tokens = parameters.share(sizes, 0, ranks), sizes.shared(ranks), tokens * ranks
         own = MambaParameters(*(p.detach().clone().requires_grad_() for p in parameters.tensors()))
@@ -235,8 +236,11 @@ class PackedMambaMixer(MambaMixer):
         return gather_columns(_inner(whole, own, self.sizes.shared(ranks), pack, None), self.cp_group)
 
     def _parameters_outside_projections(self) -> MambaParameters:
+        return self._parameters_with(self.norm())
+
+    def _parameters_with(self, norm_weight: Tensor) -> MambaParameters:
         conv = (self.conv1d_weight.squeeze(1), self.conv1d_bias)
-        return MambaParameters(*conv, self.dt_bias, self.A_log, self.D, self.norm())
+        return MambaParameters(*conv, self.dt_bias, self.A_log, self.D, norm_weight)
 
 
 def _inner(

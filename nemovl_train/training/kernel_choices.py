@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nemovl_train.checkpoint.files import replace_text
+from nemovl_train.checkpoint.files import write_whole
 from nemovl_train.model.kernels.dispatch import has_kernels
 from nemovl_train.model.mixer import PackedMambaMixer
 from nemovl_train.parallel.agree import on_first_rank
@@ -85,7 +85,7 @@ def _stored(path: Path) -> Choices:
         }
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         log.warning("%s cannot be read and is made again (%s)", path, error)
         return {}
 
@@ -93,6 +93,6 @@ def _stored(path: Path) -> Choices:
 def _store(path: Path, choices: Choices) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(path, json.dumps(choices, indent=1))
+        write_whole(path, json.dumps(choices, indent=1))
     except OSError as error:
         log.warning("%s cannot be written, so that the next start tunes again (%s)", path, error)

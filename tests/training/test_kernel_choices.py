@@ -1,4 +1,4 @@
-"""Choices of real Triton autotuners: tuned once, stored, handed to another process's kernels. Timing needs no GPU here."""
+"""Choices of real Triton autotuners: tuned once, stored, handed to another process's kernels. Nothing is timed here."""
 
 import json
 import logging
