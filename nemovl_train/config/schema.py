@@ -205,10 +205,11 @@ class RecomputeConfig:
 
     Attributes:
         language: `none`; `selective` makes outputs of norms, of the squared ReLU and of the Mamba layers' gated norm
-            again; `full` keeps the input of each layer alone and runs it again.
-        language_layers: With `full`, so many layers from the first; all of them when None.
-        vision: `none`, `selective` (norms and GELU) and `full` likewise; `tiles` keeps pixels alone and encodes a few
-            tiles at a time again, which takes the same memory for any number of tiles.
+            again; `full` keeps the input of each layer alone and runs it again; `offload` is `full` with these inputs
+            in host memory.
+        language_layers: With `full` or `offload`, so many layers from the first; all of them when None.
+        vision: `none`, `selective` (norms and GELU), `full` and `offload` likewise; `tiles` keeps pixels alone and
+            encodes a few tiles at a time again, which takes the same memory for any number of tiles.
     """
 
     language: str = "none"
@@ -274,6 +275,7 @@ class OptimConfig:
         states: `fp32` keeps gradients, master weights and moments in float32; `bf16_moments` keeps moments in bfloat16
             and of the float32 master weight only the 16 bits that the bfloat16 weight lacks; `lean` has bfloat16
             gradients as well. The last two need `distributed` and Transformer Engine.
+        offload: Keep moments and separate master weights in host memory but for the update itself.
         fuse_grad_accumulation: Transformer Engine's linears add weight gradients to the optimizer's buffer themselves.
     """
 
@@ -291,6 +293,7 @@ class OptimConfig:
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
     states: str = "fp32"
+    offload: bool = False
     fuse_grad_accumulation: bool = True
 
 

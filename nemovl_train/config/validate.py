@@ -26,9 +26,9 @@ PARAMS = ("fp32", "bf16")
 BACKENDS = ("auto", "te", "torch")
 DIVISORS = ("global", "pack")
 ENGINES = ("megatron", "deepspeed")
-LANGUAGE_RECOMPUTE = ("none", "selective", "full")
+LANGUAGE_RECOMPUTE = ("none", "selective", "full", "offload")
 STATES = ("fp32", "bf16_moments", "lean")
-VISION_RECOMPUTE = ("none", "selective", "full", "tiles")
+VISION_RECOMPUTE = ("none", "selective", "full", "offload", "tiles")
 MAKERS = ("none", "tiny")
 GPUS = ("h100_80gb", "h200_141gb", "a100_80gb", "b200_180gb")
 MOST_BF16_SUMS = 8
@@ -315,10 +315,10 @@ def _recompute(config: RunConfig) -> Iterator[str]:
     yield from _choice("recompute.vision", recompute.vision, VISION_RECOMPUTE)
     if recompute.language_layers is not None:
         yield from _within("recompute.language_layers", recompute.language_layers, 1, layers)
-        if recompute.language != "full":
+        if recompute.language not in ("full", "offload"):
             yield (
-                f"recompute.language_layers={recompute.language_layers} counts with recompute.language=full alone; "
-                "set that, or recompute.language_layers=null"
+                f"recompute.language_layers={recompute.language_layers} counts with recompute.language=full alone (or "
+                "offload); set that, or recompute.language_layers=null"
             )
 
 
@@ -326,9 +326,10 @@ def _engine(config: RunConfig) -> Iterator[str]:
     engine = config.engine
     yield from _choice("engine.name", engine.name, ENGINES)
     if engine.name == "megatron":
-        for key in ("offload_optimizer", "offload_params"):
-            if getattr(engine, key):
-                yield f"engine.{key}=true: megatron-core keeps everything on the GPU; set engine.name=deepspeed"
+        if engine.offload_optimizer:
+            yield "engine.offload_optimizer=true: with megatron-core set optim.offload=true; or set engine.name=deepspeed"
+        if engine.offload_params:
+            yield "engine.offload_params=true: megatron-core keeps weights on the GPU; set engine.name=deepspeed"
     if engine.name == "deepspeed":
         yield from _deepspeed(config)
 
@@ -342,6 +343,8 @@ def _deepspeed(config: RunConfig) -> Iterator[str]:
     for key in ("overlap_grad_reduce", "overlap_param_gather"):
         if getattr(optim, key):
             yield f"optim.{key}=true is megatron-core's; set optim.{key}=false with engine.name=deepspeed"
+    if optim.offload:
+        yield "optim.offload=true is for engine.name=megatron; set engine.offload_optimizer=true instead"
     if optim.states != "fp32":
         yield f"optim.states={optim.states} is megatron-core's; set optim.states=fp32 with engine.name=deepspeed"
     if not optim.distributed:

@@ -4,13 +4,14 @@
 activation, of a Mamba layer's gated norm. The tensor's memory is given back once that linear has read it, and is filled
 again when the gradient reaches the linear. Nothing runs twice but these. Mamba layers convolve again in either case.
 
-`full` keeps a layer's input alone and runs the layer again.
+`full` keeps a layer's input alone and runs the layer again; `offload` does, and keeps the input in host memory.
 
 An output that can be made again carries a function that does it, `remake(into)`. Modules are told by forward hooks, so
 that the layers themselves, megatron-core's among them, know nothing of it.
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from nemovl_train.model.fp8 import in_fp8
+from nemovl_train.model.offload import Host
 from nemovl_train.parallel import cpu
 
 cpu.install_if_no_cuda()
@@ -94,7 +96,7 @@ def recompute_selectively(part: nn.Module) -> None:
             module.remakes_gated_norm = True
 
 
-def recompute_fully(layers: Iterable[nn.Module]) -> None:
+def recompute_fully(layers: Iterable[nn.Module], host: Host | None = None) -> None:
     """Makes layers keep their input alone and run again in backward.
 
     megatron-core's own is not taken: it needs an input with a gradient, which the first layers of a model whose
@@ -102,9 +104,22 @@ def recompute_fully(layers: Iterable[nn.Module]) -> None:
 
     Args:
         layers: Layers of a built part.
+        host: Where they keep it; on the device when None.
     """
     for layer in layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        layer.forward = partial(_run_again, layer.forward, host)
+
+
+def _run_again(forward: Callable[..., Any], host: Host | None, *args: Any, **kwargs: Any) -> Any:
+    # Only positional arguments are saved as tensors of the graph; keywords would be held as they are.
+    if "hidden_states" in kwargs:
+        return _run_again(partial(_with_hidden, forward), host, kwargs.pop("hidden_states"), *args, **kwargs)
+    with host.hooks() if host is not None else nullcontext():
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
+def _with_hidden(forward: Callable[..., Any], hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    return forward(*args, hidden_states=hidden_states, **kwargs)
 
 
 def _mark(norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:

@@ -28,6 +28,7 @@ from nemovl_train.model.fp8 import forget_quantized_weights, multiply_in_fp8
 from nemovl_train.model.init import init_weights
 from nemovl_train.model.language import LanguageModel, build_language_model, collect_weights
 from nemovl_train.model.lora import adapters
+from nemovl_train.model.offload import Host
 from nemovl_train.model.projector import Projector
 from nemovl_train.model.recompute import recompute_fully, recompute_selectively
 from nemovl_train.model.vision import build_vision_tower
@@ -377,13 +378,14 @@ def _without_ends(layers: torch.nn.ModuleList, ends: int) -> Iterator[torch.nn.M
 
 def _set_recompute(model: NemotronVL, recompute: RecomputeConfig) -> None:
     if (language := model.language_model) is not None:
-        if recompute.language == "full":
-            recompute_fully(language.decoder.layers[: recompute.language_layers])
+        if recompute.language in ("full", "offload"):
+            host = Host() if recompute.language == "offload" else None
+            recompute_fully(language.decoder.layers[: recompute.language_layers], host)
         elif recompute.language == "selective":
             recompute_selectively(language)
     if (tower := model.vision_model) is not None:
-        if recompute.vision == "full":
-            recompute_fully(tower.decoder.layers)
+        if recompute.vision in ("full", "offload"):
+            recompute_fully(tower.decoder.layers, Host() if recompute.vision == "offload" else None)
         elif recompute.vision == "selective":
             recompute_selectively(tower)
         tower.keeps_pixels_only = recompute.vision == "tiles"

@@ -30,6 +30,8 @@ _FP8_COPY = (1 + 4 / 128) / 2
 """Of an input that an FP8 linear keeps for its weight, in bfloat16 numbers: a byte each, and a scale for each block."""
 _FP8_TOWER_WIDTHS = 7 * _FP8_COPY - _TOWER_WIDTHS_MADE_AGAIN
 """Norms out twice, attention out and the GELU out a second time, in FP8; in bfloat16 the GELU and the norms out go."""
+_INPUTS_IN_FLIGHT = 3
+"""Layer inputs on the device while the others are in host memory: at work, on its way out or in, and the next one."""
 _WHOLE_COPIES = 3
 """Copies of [S, H] whole on every tensor parallel rank: embeddings, with features in them, final hidden states."""
 
@@ -86,14 +88,35 @@ def memory(config: RunConfig, grid: Grid, load: PackLoad, policy: Policy | None 
     # An adapter keeps its layer's input, as the layer itself does when it trains.
     fp8 = _fp8_layers(config, size.num_layers, config.precision.bf16_layers)
     kept, working = _language(size, grid, tokens, policy, frozen="language" not in trains, fp8=fp8)
-    return Memory(
-        **_states(config, grid, policy, width),
-        activations=width * kept if has_language and needs_graph else 0.0,
-        working=width * working if has_language else 0.0,
-        vision=width * _vision(config, grid, load, policy, trained="vision" in trains),
-        logits=_logits(size, grid, load, policy, width) if has_language else 0.0,
-        buffers=width * _WHOLE_COPIES * tokens * size.hidden_size,
-    )
+    passing = {
+        "activations": width * kept if has_language and needs_graph else 0.0,
+        "working": width * working if has_language else 0.0,
+        "vision": width * _vision(config, grid, load, policy, trained="vision" in trains),
+        "logits": _logits(size, grid, load, policy, width) if has_language else 0.0,
+    }
+    states = _states(config, grid, policy, width)
+    if policy.states_on_host:
+        # They come back when all that a pack needs is gone: the larger of the two counts.
+        states["optimizer"] = max(0.0, states["optimizer"] - sum(passing.values()))
+    return Memory(**states, **passing, buffers=width * _WHOLE_COPIES * tokens * size.hidden_size)
+
+
+def host_bytes(config: RunConfig, grid: Grid, load: PackLoad, policy: Policy) -> float:
+    """Host memory of one rank: optimizer state and inputs of layers, where options move them there."""
+    width = 4 if config.precision.params == "fp32" else 2
+    found = 0.0
+    if policy.states_on_host:
+        found += _states(config, grid, policy, width)["optimizer"]
+    if policy.inputs_on_host:
+        size = config.model.language
+        layers = size.num_layers if policy.full_recompute_layers is None else policy.full_recompute_layers
+        residual = grid.tp if grid.sequence_parallel else 1
+        found += width * layers * size.hidden_size * load.seq_length / grid.cp / residual
+    if policy.tower_recompute == "offload" and load.tiles:
+        tower = config.model.vision
+        tokens = (tower.tile_size // tower.patch_size) ** 2 + tower.prefix_tokens
+        found += width * load.dealt_tiles(grid.pack_ranks) * tokens * tower.hidden_size * tower.num_layers
+    return found
 
 
 def _states(config: RunConfig, grid: Grid, policy: Policy, width: int) -> dict[str, float]:
@@ -143,7 +166,8 @@ def _language(
     one_layer = {key: split / grid.tp + whole / residual for key, (split, whole) in layers.items()}
     stack = [one_layer[kind, place in fp8] for place, kind in enumerate(size.hybrid_pattern)]
     recomputed = size.num_layers if policy.full_recompute_layers is None else policy.full_recompute_layers
-    kept = recomputed * size.hidden_size / residual + sum(stack[recomputed:])
+    inputs = min(recomputed, _INPUTS_IN_FLIGHT) if policy.inputs_on_host else recomputed
+    kept = inputs * size.hidden_size / residual + sum(stack[recomputed:])
     working = _backward_peak(size) / grid.tp
     if policy.selective_recompute:
         working += max(size.ffn_hidden_size, size.mamba_inner_size) / grid.tp + size.hidden_size / residual
@@ -201,14 +225,19 @@ def _vision(config: RunConfig, grid: Grid, load: PackLoad, policy: Policy, *, tr
     at_once = min(tiles, TILES_AT_A_TIME)
     if trained:
         own = policy.tower_recompute
-        dropped = {"none": 0, "selective": _TOWER_WIDTHS_MADE_AGAIN, "full": _TOWER_WIDTHS_KEPT - 1}
+        dropped = {
+            "none": 0,
+            "selective": _TOWER_WIDTHS_MADE_AGAIN,
+            "full": _TOWER_WIDTHS_KEPT - 1,
+            "offload": _TOWER_WIDTHS_KEPT - _INPUTS_IN_FLIGHT / tower.num_layers,
+        }
         if own == "tiles":
             again = min(tiles, TILES_ENCODED_AGAIN)
             kept = again * tokens * tower.hidden_size * tower.num_layers * _TOWER_WIDTHS_KEPT
             at_once = again
         else:
             kept = tiles * tokens * tower.hidden_size * tower.num_layers * (_TOWER_WIDTHS_KEPT - dropped[own])
-            if own != "full":
+            if own not in ("full", "offload"):
                 blocks = len(_fp8_layers(config, tower.num_layers, config.precision.bf16_blocks))
                 kept += tiles * tokens * tower.hidden_size * blocks * (_FP8_TOWER_WIDTHS + dropped[own])
             widths += dropped[own]
