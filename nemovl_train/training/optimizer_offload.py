@@ -78,7 +78,7 @@ class Resting:
         """Pinned memory for a tensor's storage, made once: it is as large as the state, and slow to pin."""
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key not in self._pinned:
+        if key not in self._pinned or self._pinned[key].numel() != storage.nbytes():
             self._pinned[key] = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=tensor.is_cuda)
         return self._pinned[key]
 
