@@ -136,9 +136,9 @@ def measure_training(case: Any, args: argparse.Namespace) -> dict[str, Any]:
 def _train(case: Any, config: Any, layout: Any, args: argparse.Namespace) -> dict[str, Any]:
     """Ranks wait for each other in every step, so one rank's clock is every rank's."""
     import torch
-    from profile_step import profiled
 
     from nemovl_train.model.flops import training_flops
+    from nemovl_train.training.profiling import profiled
     from nemovl_train.training.step import train_step
 
     cuda = layout.device.type == "cuda"

@@ -21,6 +21,7 @@ RESUME_MAY_CHANGE = (
     "precision.backend",
     "recompute",
     "optim.fuse_grad_accumulation",
+    "optim.offload",
     "optim.overlap_grad_reduce",
     "optim.overlap_param_gather",
     "data.num_workers",
@@ -34,6 +35,7 @@ RESUME_MAY_CHANGE = (
     "checkpoint",
     "evaluation",
     "logging",
+    "profile",
     "cluster",
     "workload",
 )

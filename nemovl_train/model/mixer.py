@@ -204,6 +204,29 @@ class PackedMambaMixer(MambaMixer):
             inner = can_be_remade(inner, lambda into: _ScanAcrossRanks.norm_again(node, into.squeeze(1)))
         return self.out_proj(inner)
 
+    def rehearse(self, tokens: int) -> None:
+        """Run what lies between the projections once on random numbers, forward and backward, without other ranks.
+
+        The kernels are those that `forward` runs, at the same sizes; parameters and their gradients are not touched.
+
+        Args:
+            tokens: Tokens of this context parallel rank.
+        """
+        ranks = self.cp_group.size()
+        # Not by calling the norm: that would ask other ranks for updated weights.
+        parameters, sizes = self._parameters_with(self.norm.weight), self.sizes
+        if self.exchanges_heads:
+            parameters, sizes, tokens = parameters.share(sizes, 0, ranks), sizes.shared(ranks), tokens * ranks
+        own = MambaParameters(*(p.detach().clone().requires_grad_() for p in parameters.tensors()))
+        weight = own.conv_weight
+        projected = torch.randn(tokens, sum(sizes.columns), dtype=weight.dtype, device=weight.device)
+        ids = torch.zeros(1, tokens, dtype=torch.int32, device=weight.device)
+        bounds = torch.tensor([0, tokens], dtype=torch.int32, device=weight.device)
+        pack = PackParams.from_boundaries(bounds, ids, tokens)
+        handed_on = ranks > 1 and not self.exchanges_heads
+        out = _inner(projected.requires_grad_(), own, sizes, pack, None, by_phases=handed_on or self.remakes_gated_norm)
+        out.backward(torch.randn_like(out))
+
     def _over_heads(self, projected: Tensor, parameters: MambaParameters, pack: PackParams) -> Tensor:
         """[L, all columns] -> [L, H * P], every rank scanning all tokens with its share of the heads."""
         ranks = self.cp_group.size()
@@ -213,8 +236,11 @@ class PackedMambaMixer(MambaMixer):
         return gather_columns(_inner(whole, own, self.sizes.shared(ranks), pack, None), self.cp_group)
 
     def _parameters_outside_projections(self) -> MambaParameters:
+        return self._parameters_with(self.norm())
+
+    def _parameters_with(self, norm_weight: Tensor) -> MambaParameters:
         conv = (self.conv1d_weight.squeeze(1), self.conv1d_bias)
-        return MambaParameters(*conv, self.dt_bias, self.A_log, self.D, self.norm())
+        return MambaParameters(*conv, self.dt_bias, self.A_log, self.D, norm_weight)
 
 
 def _inner(

@@ -156,6 +156,8 @@ def _memory(plan: Plan) -> Iterator[str]:
     total = sum(parts.values()) / GIB
     verdict = f"{plan.headroom / GIB:.1f} left" if plan.fits else f"{-plan.headroom / GIB:.1f} too much"
     yield f"  {'total':<18}{total:7.2f}  {verdict}"
+    if plan.host_bytes:
+        yield f"  in host memory      {plan.host_bytes / GIB:5.2f}  of each rank"
     for name, row in would_fit(plan).items():
         yield f"  with {name}: {row['bytes'] / GIB:.1f} GiB in the pool, fits: {_yes(row['fits'])}"
 

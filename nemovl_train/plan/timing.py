@@ -138,7 +138,7 @@ def _kernels(
     share = load.dealt_tiles(grid.pack_ranks) / load.tiles if load.tiles else 0.0
     tower = work.vision * (
         4 / 3
-        if load.tiles and policy.tower_recompute in ("full", "tiles") and trainable(config)["vision"].learns
+        if load.tiles and policy.tower_recompute in ("full", "offload", "tiles") and trainable(config)["vision"].learns
         else 1
     )
     return {

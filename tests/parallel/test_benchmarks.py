@@ -72,13 +72,3 @@ def test_training_cases_run_small(gpus, tmp_path):
         loss = first.setdefault((row["case"], parallel["tp"] * parallel["cp"]), row["loss_first"])
         assert row["loss_first"] == pytest.approx(loss, rel=1e-5), row["case"]
     assert page.read_text().count("## ") == sum(case.kind == "train" for case in runs)
-
-
-def test_a_profile_adds_up_kernels_and_gaps():
-    sys.path.insert(0, str(BENCHMARKS))
-    from profile_step import summary
-
-    kernels = [("nvjet_gemm", 0.0, 4.0), ("ncclDevKernel_AllGather", 3.0, 6.0), ("_chunk_scan_fwd_kernel", 8.0, 9.0)]
-    found = summary(kernels, wall=12.0)
-    assert found["kinds_ms"] == {"GEMM": 4.0, "collectives": 3.0, "scan chain": 1.0}
-    assert (found["busy_ms"], found["gap_ms"], found["launches"]) == (7.0, 5.0, 3)
