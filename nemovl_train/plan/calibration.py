@@ -1,9 +1,9 @@
 """Measured runs that the planner is held against: stock megatron-core on four H100, and this project's on one.
 
 The measurements are `benchmarks/results/2026-11-22_megatron_core_4xh100.json` and
-`benchmarks/results/2026-11-25_train_units_1xh100.json`. Case `tp4_16k` gave the rates of `timing.py` and `hardware.py`,
-`tp4_4k_without_sp` the cost of a launch; the other times are predictions, this project's among them. No constant of
-`memory.py` is fitted to a measurement.
+`benchmarks/results/2026-11-25_train_units_1xh100.json`. The profile of case `tp4_16k` gave the rates of `timing.py` and
+`hardware.py`, `tp4_4k_without_sp` the cost of a launch, `unit_visual` the tower's rate; other times are predictions. So
+is memory, but for one constant: that all logits have their gradient beside them.
 """
 
 from dataclasses import dataclass, replace

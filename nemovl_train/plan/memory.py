@@ -22,8 +22,8 @@ _TOWER_WIDTHS_LIVE = 10
 """Tower widths that exist at once in a block that keeps nothing."""
 _TOWER_WIDTHS_MADE_AGAIN = 6
 """Of those, norms out twice and the GELU out: what selective recomputation drops."""
-_LOGIT_BYTES_WHOLE = 2
-"""Of one logit under a fused cross entropy, whose gradient takes the logits' place."""
+_LOGIT_BYTES_WHOLE = 4
+"""Of one logit where all exist at once, and its gradient: peaks of the measured runs have both."""
 _FP8_COPY = (1 + 4 / 128) / 2
 """Of an input that an FP8 linear keeps for its weight, in bfloat16 numbers: a byte each, and a scale for each block."""
 _FP8_TOWER_WIDTHS = 7 * _FP8_COPY - _TOWER_WIDTHS_MADE_AGAIN
@@ -43,9 +43,10 @@ class Memory:
         gradients: Gradient buffers.
         optimizer: Master weights and moments.
         activations: What the language layers keep for backward.
-        working: Temporary tensors of the layer at work.
+        working: What they need beyond that and the logits when it is most: temporary tensors of the layer at work, less
+            what the layers after it have given back.
         vision: Tower and projector: kept and temporary tensors.
-        logits: Logits at work.
+        logits: Logits at work, before any layer has given anything back.
         buffers: Embeddings and hidden states outside the layers.
     """
 
@@ -86,11 +87,12 @@ def memory(config: RunConfig, grid: Grid, load: PackLoad, policy: Policy | None 
     # An adapter keeps its layer's input, as the layer itself does when it trains.
     fp8 = _fp8_layers(config, size.num_layers, config.precision.bf16_layers)
     kept, working = _language(size, grid, tokens, policy, frozen="language" not in trains, fp8=fp8)
+    logits = _logits(size, grid, load, policy, width) if has_language else 0.0
     passing = {
         "activations": width * kept if has_language and needs_graph else 0.0,
-        "working": width * working if has_language else 0.0,
+        "working": max(width * working - logits, 0.0) if has_language else 0.0,
         "vision": width * _vision(config, grid, load, policy, trained="vision" in trains),
-        "logits": _logits(size, grid, load, policy, width) if has_language else 0.0,
+        "logits": logits,
     }
     states = _states(config, grid, policy, width)
     if policy.states_on_host:
@@ -156,7 +158,7 @@ def _quantized(config: RunConfig) -> dict[str, int]:
 def _language(
     size: LanguageConfig, grid: Grid, tokens: float, policy: Policy, *, frozen: bool, fp8: range
 ) -> tuple[float, float]:
-    """Numbers that the layers of a rank keep, and that exist only while one of them is at work."""
+    """Numbers that the layers of a rank keep, and how many more there are at the worst moment of backward."""
     residual = grid.tp if grid.sequence_parallel else 1
     layers = {
         (kind, inside): _kept(size, kind, grid, frozen, policy, inside) for kind in "M*-" for inside in (False, True)
@@ -164,14 +166,18 @@ def _language(
     one_layer = {key: split / grid.tp + whole / residual for key, (split, whole) in layers.items()}
     stack = [one_layer[kind, place in fp8] for place, kind in enumerate(size.hybrid_pattern)]
     recomputed = size.num_layers if policy.full_recompute_layers is None else policy.full_recompute_layers
-    inputs = min(recomputed, _INPUTS_IN_FLIGHT) if policy.inputs_on_host else recomputed
-    kept = inputs * size.hidden_size / residual + sum(stack[recomputed:])
-    working = _backward_peak(size) / grid.tp
-    if policy.selective_recompute:
-        working += max(size.ffn_hidden_size, size.mamba_inner_size) / grid.tp + size.hidden_size / residual
-    if recomputed:
-        working += max(stack[:recomputed])
-    return kept * tokens, working * tokens
+    in_flight = min(_INPUTS_IN_FLIGHT / max(recomputed, 1), 1.0) if policy.inputs_on_host else 1.0
+    held = [in_flight * size.hidden_size / residual] * recomputed + stack[recomputed:]
+    worst = given_back = 0.0
+    for place, kind in reversed(list(enumerate(size.hybrid_pattern))):
+        made = sum(_made_in_backward(size, kind, policy)) / grid.tp
+        if policy.selective_recompute:
+            made += size.hidden_size / residual
+        if place < recomputed:
+            made += stack[place]
+        worst = max(worst, made - given_back)
+        given_back += held[place]
+    return sum(held) * tokens, worst * tokens
 
 
 def _kept(size: LanguageConfig, kind: str, grid: Grid, frozen: bool, policy: Policy, fp8: bool) -> tuple[float, float]:
@@ -199,16 +205,18 @@ def _kept(size: LanguageConfig, kind: str, grid: Grid, frozen: bool, policy: Pol
     return size.ffn_hidden_size * (inside + trained), norm
 
 
-def _backward_peak(size: LanguageConfig) -> float:
-    """Numbers a token, before TP, that the hungriest layer's backward pass makes beside what was kept."""
-    mlp = 2.0 * size.ffn_hidden_size
-    if "M" not in size.hybrid_pattern:
-        return mlp
+def _made_in_backward(size: LanguageConfig, kind: str, policy: Policy) -> tuple[float, float]:
+    """Numbers a token, before TP, that a layer's backward pass makes: those of its work, and those it had dropped."""
+    if kind == "*":
+        # Gradients of queries, keys, values and of the output.
+        return (2.0 * size.num_attention_heads + 2 * size.num_query_groups) * size.head_dim, 0.0
+    if kind == "-":
+        return 2.0 * size.ffn_hidden_size, size.ffn_hidden_size * policy.selective_recompute
     inner = size.mamba_inner_size
     projected = 2 * inner + 2 * size.mamba_num_groups * size.mamba_state_dim + size.mamba_num_heads
     # Chunk states are float32, two numbers' room each: the states, their gradients, and those passed on.
     states = 3 * 2 * inner * size.mamba_state_dim / size.chunk_size
-    return max(mlp, 2 * projected + 6 * inner + states)
+    return 2 * projected + 6 * inner + states, inner * policy.selective_recompute
 
 
 def _vision(config: RunConfig, grid: Grid, load: PackLoad, policy: Policy, *, trained: bool) -> float:

@@ -276,8 +276,6 @@ def _unmeasured(plan: Plan) -> Iterator[str]:
         unmeasured.append("links between nodes")
     if plan.grid.cp > 1:
         unmeasured.append("our exchange over context parallel ranks")
-    if plan.load.tiles:
-        unmeasured.append("the tower")
     if unmeasured:
         yield f"times rest on assumptions for {', '.join(unmeasured)}"
 

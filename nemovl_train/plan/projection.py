@@ -25,12 +25,12 @@ MEASURED = {
     "attention": "attention",
     "mixer": "scan",
     "elementwise": "norms and additions",
+    "vision": "tower and projector",
     "update": "optimizer",
     "tensor_parallel": "exchange between tensor parallel ranks of a node",
 }
 """Components of a step whose rates come from profiled or timed steps on H100 GPUs (`calibration.py`)."""
 MODELLED = {
-    "vision": "tower and projector",
     "features": "exchange of features",
     "context_parallel": "exchange between context parallel ranks",
     "host": "waiting for the host",

@@ -112,8 +112,8 @@ def calibration_text() -> str:
             "",
             *_table(rows),
             "",
-            "tp4_16k and tp4_4k_without_sp gave the planner its rates; the other times are predictions. The two CP",
-            "cases include the seconds that their profiles give to exchanging whole Mamba channels; ours does not.",
+            "tp4_16k, tp4_4k_without_sp and unit_visual gave the planner its rates; other times are predictions. Cases",
+            "with CP include what their profiles give to exchanging whole Mamba channels; ours does not.",
         ]
     )
 

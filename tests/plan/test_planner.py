@@ -9,17 +9,17 @@ import pytest
 from nemovl_train.config.compose import compose_run
 from nemovl_train.config.schema import RunConfig
 from nemovl_train.exceptions import ConfigError
-from nemovl_train.plan.calibration import CASES, compare
+from nemovl_train.plan.calibration import CASES, MEGATRON_CORE, NEMOVL, compare
 from nemovl_train.plan.hardware import GIB, GPU_TYPES
 from nemovl_train.plan.load import Grid, pack_of
 from nemovl_train.plan.memory import memory
 from nemovl_train.plan.planner import make_plan, node_scaling, to_json, warnings, would_fit
-from nemovl_train.plan.policy import Policy, policy_of
+from nemovl_train.plan.policy import STATES, Policy, policy_of
 from nemovl_train.plan.search import search
 from nemovl_train.plan.traffic import flows
 
 KEPT = ("cluster=h100_x8", "recompute.language=none", "recompute.vision=none")
-MEASURED = Path(__file__).parents[2] / "benchmarks/results/2026-11-22_megatron_core_4xh100.json"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 def recipe(stage: str, *overrides: str) -> RunConfig:
@@ -28,14 +28,14 @@ def recipe(stage: str, *overrides: str) -> RunConfig:
 
 @pytest.mark.parametrize("row", compare(), ids=lambda row: row["case"])
 def test_plans_meet_measured_runs(row):
-    assert abs(row["memory_error"]) < 0.1
-    assert abs(row["time_error"]) < 0.2
+    assert abs(row["memory_error"]) < 0.03
+    assert abs(row["time_error"]) < 0.1
 
 
-def test_the_measured_numbers_are_those_of_the_result_file():
-    stored = json.loads(MEASURED.read_text())["cases"]
-    assert {case.name for case in CASES} == set(stored)
-    for case in CASES:
+def test_the_measured_numbers_are_those_of_the_result_files():
+    stored = json.loads((RESULTS / "2026-11-22_megatron_core_4xh100.json").read_text())["cases"]
+    assert {case.name for case in CASES if case.program == MEGATRON_CORE} == set(stored)
+    for case in (case for case in CASES if case.program == MEGATRON_CORE):
         row = stored[case.name]
         assert (case.seconds, case.peak_gib, case.packs) == (row["seconds"], row["peak_gib"], row["packs"])
         assert (case.seq_length, sum(case.documents)) == (row["seq_length"], row["seq_length"])
@@ -44,6 +44,51 @@ def test_the_measured_numbers_are_those_of_the_result_file():
         assert case.foreign_seconds == pytest.approx(sum(row.get("profile_seconds", {}).values()))
         if isinstance(row["documents"], list):
             assert list(case.documents) == row["documents"]
+
+
+def test_this_projects_numbers_are_those_of_the_result_file():
+    """`unit_head` ran with an earlier form of the loss and is left out."""
+    rows = json.loads((RESULTS / "2026-11-25_train_units_1xh100.json").read_text())["rows"]
+    stored = {row["case"]: row for row in rows}
+    ours = [case for case in CASES if case.program == NEMOVL]
+    assert {case.name for case in ours} == {name for name in stored if name.startswith("unit_")} - {"unit_head"}
+    for case in ours:
+        row, options = stored[case.name], stored[case.name]["options"]
+        left = row["before_gib"] if row["before_gib"] > 0.1 else 0.0
+        assert case.seconds == pytest.approx(row["median_step_seconds"], abs=5e-4)
+        assert case.peak_gib == pytest.approx(row["peak_gib"] - left, abs=0.06)
+        assert (case.language.hybrid_pattern, case.language.vocab_size) == (
+            options["hybrid_pattern"],
+            options["vocab_size"],
+        )
+        assert (case.packs, case.seq_length) == (options["micro_batches"], options["seq_length"])
+        assert case.tower_blocks == options["vision_layers"]
+        assert case.tiles * 256 == options["visual"] * options["seq_length"]
+        assert case.policy.states == STATES[options["optim"]["states"]]
+        recompute = options["recompute"]
+        assert (case.policy.full_recompute_layers is None) == (recompute["language"] == "full")
+        assert case.policy.selective_recompute == (recompute["language"] == "selective")
+        assert case.policy.tower_recompute == recompute["vision"]
+
+
+def test_the_page_shows_the_errors_of_today():
+    page = (RESULTS.parents[1] / "docs" / "planning.md").read_text()
+    for row in compare():
+        numbers = [row["measured_gib"], row["planned_gib"], f"{row['memory_error']:+.1%}"]
+        numbers += [f"{row['measured_seconds']:.3f}", f"{row['planned_seconds']:.3f}", f"{row['time_error']:+.1%}"]
+        assert f"| `{row['case']}` | {' | '.join(map(str, numbers))} |" in page, row
+
+
+def test_memory_peaks_where_layers_before_the_hungriest_still_keep():
+    """By hand: backward of the first Mamba layer from the end, when one MLP and its input have gone."""
+    config = recipe("stage3_code_recovery_49k", *KEPT)
+    size, load, grid = config.model.language, pack_of(config), Grid(tp=8, sequence_parallel=True)
+    found = memory(config, grid, load)
+    tokens = load.seq_length
+    inner, projected = 10240, 22656
+    states = 3 * 2 * inner * 128 / 128
+    mamba, mlp = 2 * projected + 6 * inner + states, 2 * size.ffn_hidden_size + 2 * size.hidden_size
+    assert found.working + found.logits == pytest.approx(2 * tokens * (mamba - mlp) / 8)
 
 
 def test_pack_of_samples():
@@ -121,10 +166,10 @@ def test_what_does_not_fit_names_the_options_that_make_it_fit():
 
 
 def test_what_fits_in_another_layout_says_which():
-    plan = make_plan(recipe("stage1_sft_16k", "cluster=h100_x64", "parallel.tp=4"))
+    plan = make_plan(recipe("stage1_sft_16k", "cluster=h100_x64", "parallel.tp=2"))
     first = warnings(plan)[0]
     assert first.startswith("does not fit")
-    assert first.endswith("set parallel.tp=8 parallel.cp=1 parallel.sequence_parallel=true")
+    assert first.endswith("set parallel.tp=4 parallel.cp=1 parallel.sequence_parallel=true")
     assert make_plan(recipe("stage1_sft_16k", "cluster=h100_x64", *first.split("; set ")[1].split())).fits
 
 
