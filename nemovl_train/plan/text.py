@@ -1,5 +1,6 @@
 """Plans as text for a terminal: tables, and bars of memory and time."""
 
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 
 from nemovl_train.plan.calibration import compare
@@ -9,6 +10,7 @@ from nemovl_train.plan.projection import MEASURED, MODELLED, projection
 from nemovl_train.plan.trainable import trainable, trainable_text
 
 _BAR = 40
+_WIDTH = 118
 _RATE = "tokens_per_second_per_gpu"
 
 
@@ -53,15 +55,17 @@ def _projection(plans: Sequence[Plan]) -> list[str]:
         rates = [f"{row[key]:,.0f}" if key in row else "" for key in (_RATE, f"paper_{_RATE}")]
         planned, paper = row["gpu_hours"], row["paper_gpu_hours"]
         times = f"{paper / planned:.2f} x faster" if planned < paper else f"{planned / paper:.2f} x slower"
-        rows.append([row["stage"], f"{planned:,.0f}", f"{paper:,.0f}", times, *rates, f"{row['share_measured']:.0%}"])
+        rows.append(
+            [row["stage"], f"{planned:,.0f}", f"{paper:,.0f}", times, *rates, f"{int(100 * row['share_measured'])}%"]
+        )
     return [
-        "beside the paper (arXiv 2511.03929, table 2; its nodes are taken to have 8 H100; it trained in FP8, these are",
-        "bfloat16; tokens count padding, as the paper's do)",
+        "projected, beside the paper (arXiv 2511.03929, table 2; its nodes are taken to have 8 H100; it trained in",
+        "FP8, this is bfloat16; tokens count padding, as the paper's do)",
         "",
         *_table(rows),
         "",
-        f"measured on H100: {', '.join(MEASURED.values())};",
-        f"modelled: {', '.join(MODELLED.values())}",
+        *textwrap.wrap(f"measured on H100 GPUs, one or four: {', '.join(MEASURED.values())}", _WIDTH),
+        *textwrap.wrap(f"modelled: {', '.join(MODELLED.values())}", _WIDTH),
         "",
     ]
 
