@@ -218,6 +218,10 @@ def _options(case: Any, config: LanguageConfig, *, small: bool) -> dict[str, Any
     options: dict[str, Any] = {"bias_dropout_fusion": not small}
     if not small:
         options |= {"cross_entropy_loss_fusion": True, "cross_entropy_fusion_impl": "te"}
+    if case.precision.fp8 == "blockwise":
+        ends = case.precision.bf16_layers
+        options |= {"fp8": "e4m3", "fp8_recipe": "blockwise", "first_last_layers_bf16": ends > 0}
+        options |= {"num_layers_at_start_in_bf16": ends, "num_layers_at_end_in_bf16": ends}
     recompute = case.recompute
     if recompute.language == "selective":
         raise SystemExit(f"{case.case}: stock megatron-core recomputes Mamba layers whole; set language_layers")

@@ -70,7 +70,7 @@ def _training(rows: list[dict[str, Any]]) -> str:
         "| ours is |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    first: dict[str, float] = {}
+    first: dict[str, dict[str, Any]] = {}
     for row in rows:
         options = row["options"]
         cells = [f"`{row['case']}`", options.get("engine", "ours") + _form(options), _model(options), _layout(row)]
@@ -82,8 +82,8 @@ def _training(rows: list[dict[str, Any]]) -> str:
         # Earlier runs left memory of the case before on the GPU; it is no part of this one.
         left = row.get("before_gib", 0.0)
         peak = row["peak_gib"] - (left if left > 0.1 else 0.0)
-        own = first.setdefault(row["case"], rate)
-        times = "" if own is rate else f"{own / rate:.2f} x"
+        own = first.setdefault(row["case"], row)
+        times = "" if own is row else f"{own['tokens_per_second_per_gpu'] / rate:.2f} x"
         lines.append(f"| {' | '.join(cells)} | {rate:,.0f} | {row['mfu']:.1%} | {peak:.1f} | {times} |")
     return "\n".join(lines)
 
@@ -108,7 +108,8 @@ def _form(options: dict[str, Any]) -> str:
 def _model(options: dict[str, Any]) -> str:
     width = "" if options.get("width", 1) == 1 else "half width, "
     layers = len(options["hybrid_pattern"])
-    text = f"{width}{layers}{f' of {LAYERS}' if layers < LAYERS else ''} layers, {options['vocab_size']:,} rows"
+    fp8 = ", FP8" if options.get("precision", {}).get("fp8", "none") != "none" else ""
+    text = f"{width}{layers}{f' of {LAYERS}' if layers < LAYERS else ''} layers, {options['vocab_size']:,} rows{fp8}"
     blocks = options["vision_layers"]
     return text + (f", {blocks} of {BLOCKS} tower blocks" if blocks else "")
 

@@ -211,6 +211,7 @@ def _engine(case: Any, config: Any, layout: Any, *, small: bool) -> Any:
         params_dtype=dtype,
         backend="torch" if small else "te",
         recompute=case.recompute,
+        precision=case.precision,
         draw_on=layout.device,
     )
     if case.engine == "transformers":

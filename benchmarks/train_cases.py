@@ -13,6 +13,7 @@ from nemovl_train.config.schema import (
     ModelConfig,
     OptimConfig,
     ParallelConfig,
+    PrecisionConfig,
     ProjectorConfig,
     RecomputeConfig,
     TokenIds,
@@ -28,7 +29,12 @@ HALF_WIDTH = {
     "mamba_num_heads": 64,
 }
 """Of the stand-in that long sequences are tried on: half of every width of the 12B model, but for heads' own."""
-SECTIONS = {"parallel": ParallelConfig, "recompute": RecomputeConfig, "optim": OptimConfig}
+SECTIONS = {
+    "parallel": ParallelConfig,
+    "precision": PrecisionConfig,
+    "recompute": RecomputeConfig,
+    "optim": OptimConfig,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,11 +85,12 @@ class Case:
     warm: int = 3
     steps: int = 10
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-4, weight_decay=0.1, beta2=0.95))
 
     def small(self) -> Case:
-        """The same at laptop widths: layers, packs and steps are few, options stay. States are float32 on a CPU."""
+        """The same at laptop widths: layers, packs and steps are few, options stay. All is float32 on a CPU."""
         kinds = "".join(dict.fromkeys(self.hybrid_pattern))
         return replace(
             self,
@@ -97,6 +104,7 @@ class Case:
             micro_batches=2,
             warm=1,
             steps=2,
+            precision=replace(self.precision, fp8="none"),
             optim=replace(self.optim, states="fp32"),
             recompute=replace(self.recompute, language_layers=None if self.recompute.language_layers is None else 1),
         )
@@ -163,5 +171,7 @@ def _case(name: str, values: dict[str, Any]) -> Case:
 
 def _merged(values: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     """`parallel` is replaced whole, since sizes of two layouts do not mix; other sections key by key."""
-    sections = {key: {**values.get(key, {}), **other[key]} for key in ("recompute", "optim") if key in other}
+    sections = {
+        key: {**values.get(key, {}), **other[key]} for key in ("precision", "recompute", "optim") if key in other
+    }
     return values | other | sections
