@@ -78,8 +78,8 @@ def test_layer_inputs_in_host_memory(layout, record):
             torch.cuda.synchronize()
             seconds = time.perf_counter() - began
         peak = torch.cuda.max_memory_allocated() / 2**30
-        found[policy] = (kept, seconds, {n: p.grad.cpu() for n, p in model.named_parameters()})
-        print(f"\n{policy}: kept {kept:.2f} GiB after forward, peak {peak:.2f} GiB, {seconds * 1e3:.0f} ms")
+        found[policy] = (kept, seconds, {n: p.grad for n, p in model.named_parameters()})
+        print(f"\n{policy}: kept {kept:.2f} GiB after forward, peak {peak:.2f} GiB, {seconds * 1e3:.0f} ms", flush=True)
         del model
     kept, _, expected = found["full"]
     less, _, gradients = found["offload"]
