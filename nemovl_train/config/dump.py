@@ -32,6 +32,7 @@ RESUME_MAY_CHANGE = (
     "trainer.check_replicas_every",
     "trainer.stall_timeout_s",
     "trainer.time_limit_s",
+    "trainer.dry_run",
     "checkpoint",
     "evaluation",
     "logging",

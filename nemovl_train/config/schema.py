@@ -316,6 +316,8 @@ class TrainerConfig:
         stall_timeout_s: Without progress for so long, all stacks are written and the run ends; 0 waits for ever. The
             first step has three times as long.
         time_limit_s: Seconds after which the run has to be over, its save included; 0 takes the end of the SLURM job.
+        dry_run: Measure the memory of packs at full length, a pack of images alone among them, with the optimizer's
+            state there; write it to `dry_run.json` in the stage's folder and end.
     """
 
     steps: int = 100
@@ -329,6 +331,7 @@ class TrainerConfig:
     check_replicas_every: int = 100
     stall_timeout_s: float = 1800.0
     time_limit_s: float = 0.0
+    dry_run: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

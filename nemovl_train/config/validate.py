@@ -327,7 +327,7 @@ def _engine(config: RunConfig) -> Iterator[str]:
     yield from _choice("engine.name", engine.name, ENGINES)
     if engine.name == "megatron":
         if engine.offload_optimizer:
-            yield "engine.offload_optimizer=true: set optim.offload=true with megatron-core, or set engine.name=deepspeed"
+            yield "engine.offload_optimizer=true is DeepSpeed's: set optim.offload=true, or set engine.name=deepspeed"
         if engine.offload_params:
             yield "engine.offload_params=true: megatron-core keeps weights on the GPU; set engine.name=deepspeed"
     if engine.name == "deepspeed":

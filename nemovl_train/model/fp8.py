@@ -33,7 +33,7 @@ def multiply_in_fp8(modules: Iterable[nn.Module], context: Context) -> None:
         module.forward = partial(_forward, module, module.forward, context)
 
 
-def _forward(module: nn.Module, forward: Callable[..., Any], context: Context, *args: Any, **kwargs: Any) -> Any:
+def _forward(module: nn.Module, forward: Callable[..., Any], context: Context, /, *args: Any, **kwargs: Any) -> Any:
     if not module.training:
         return forward(*args, **kwargs)
     with context():

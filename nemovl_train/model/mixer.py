@@ -32,7 +32,10 @@ W taps. Sizes are this tensor parallel rank's.
 
 from __future__ import annotations
 
+import functools
 import itertools
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,7 +50,7 @@ from nemovl_train.model.mamba_parts import GatedNorm, MambaParameters, MambaSize
 from nemovl_train.model.packing import PackParams, Piece
 from nemovl_train.model.recompute import can_be_remade
 from nemovl_train.parallel import cpu
-from nemovl_train.parallel.exchange import every_rank, gather_columns, scatter_columns
+from nemovl_train.parallel.exchange import Gathered, every_rank, gather_columns, scatter_columns
 
 cpu.install_if_no_cuda()
 
@@ -308,7 +311,7 @@ class _ScanAcrossRanks(torch.autograd.Function):
             )
             for y, piece in zip(scanned, pieces, strict=True)
         ]
-        ctx.save_for_backward(projected, *tensors, halos[0], piece_lefts, rank_lefts, *scanned, *kept, *states)
+        ctx.save_for_backward(projected, *tensors, halos[0](), piece_lefts, rank_lefts, *scanned, *kept, *states)
         ctx.sizes, ctx.pieces, ctx.group = sizes, pieces, group
         return out
 
@@ -345,7 +348,7 @@ class _ScanAcrossRanks(torch.autograd.Function):
                 into=grad_gate[piece.tokens],
             )
             of_norm.append(grad_norm)
-            inputs = _scan_inputs(projected, parameters, sizes, piece, before)
+            inputs = _scan_inputs(projected, parameters, sizes, piece, partial(_itself, before))
             scans.append(kernels.BackwardScan(inputs, state, grad_y.unflatten(1, (-1, sizes.head_dim))))
         after = _gradients_after(scans, piece_lefts, rank_lefts, group)
         # Gradient of what the convolution gave; the scans fill it before it goes through the convolution.
@@ -362,7 +365,7 @@ class _ScanAcrossRanks(torch.autograd.Function):
 
 
 def _scan_inputs(
-    projected: Tensor, parameters: MambaParameters, sizes: MambaSizes, piece: Piece, halo: Tensor
+    projected: Tensor, parameters: MambaParameters, sizes: MambaSizes, piece: Piece, halo: Callable[[], Tensor]
 ) -> ScanInputs:
     """Convolves a piece and names what its scan reads."""
     _, mixed, dt = (part[piece.tokens] for part in sizes.split(projected))
@@ -374,13 +377,27 @@ def _scan_inputs(
     return ScanInputs(x, dt, a, b, c, parameters.d.float(), parameters.dt_bias.float(), piece.ids, sizes.chunk)
 
 
-def _halos(mixed: Tensor, reach: int, pieces: list[Piece], group: dist.ProcessGroup | None) -> list[Tensor]:
-    """The tokens before each piece that its convolution sees, [W - 1, D]; [0, D] at the start of the pack."""
-    first = mixed[:0]
+def _halos(
+    mixed: Tensor, reach: int, pieces: list[Piece], group: dist.ProcessGroup | None
+) -> list[Callable[[], Tensor]]:
+    """What gives the tokens before each piece that its convolution sees, [W - 1, D]; [0, D] at the start of the pack.
+
+    Those of the rank before are on their way until they are asked for.
+    """
+    first = partial(_itself, mixed[:0])
     if group is not None:
-        ends = every_rank(mixed[-reach:], group).wait()
-        first = ends[group.rank() - 1] if group.rank() else first
-    return [first, *_inner_halos(mixed, reach, pieces)]
+        gathering, rank = every_rank(mixed[-reach:], group), group.rank()
+        first = partial(_of_rank_before, gathering, rank, mixed[:0])
+    return [functools.cache(first), *(partial(_itself, halo) for halo in _inner_halos(mixed, reach, pieces))]
+
+
+def _itself(halo: Tensor) -> Tensor:
+    return halo
+
+
+def _of_rank_before(gathering: Gathered, rank: int, none: Tensor) -> Tensor:
+    ends = gathering.wait()
+    return ends[rank - 1] if rank else none
 
 
 def _inner_halos(mixed: Tensor, reach: int, pieces: list[Piece]) -> list[Tensor]:

@@ -110,7 +110,7 @@ def recompute_fully(layers: Iterable[nn.Module], host: Host | None = None) -> No
         layer.forward = partial(_run_again, layer.forward, host)
 
 
-def _run_again(forward: Callable[..., Any], host: Host | None, *args: Any, **kwargs: Any) -> Any:
+def _run_again(forward: Callable[..., Any], host: Host | None, /, *args: Any, **kwargs: Any) -> Any:
     # Only positional arguments are saved as tensors of the graph; keywords would be held as they are.
     if "hidden_states" in kwargs:
         return _run_again(partial(_with_hidden, forward), host, kwargs.pop("hidden_states"), *args, **kwargs)
@@ -118,7 +118,7 @@ def _run_again(forward: Callable[..., Any], host: Host | None, *args: Any, **kwa
         return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
-def _with_hidden(forward: Callable[..., Any], hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _with_hidden(forward: Callable[..., Any], hidden_states: Tensor, /, *args: Any, **kwargs: Any) -> Any:
     return forward(*args, hidden_states=hidden_states, **kwargs)
 
 

@@ -227,11 +227,11 @@ def _vision(config: RunConfig, grid: Grid, load: PackLoad, policy: Policy, *, tr
     tiles = load.dealt_tiles(grid.pack_ranks)
     tower = model.vision
     tokens = (tower.tile_size // tower.patch_size) ** 2 + tower.prefix_tokens
-    kept, widths = 0.0, _TOWER_WIDTHS_LIVE
+    kept, widths = 0.0, float(_TOWER_WIDTHS_LIVE)
     at_once = min(tiles, TILES_AT_A_TIME)
     if trained:
         own = policy.tower_recompute
-        dropped = {
+        dropped: dict[str, float] = {
             "none": 0,
             "selective": _TOWER_WIDTHS_MADE_AGAIN,
             "full": _TOWER_WIDTHS_KEPT - 1,

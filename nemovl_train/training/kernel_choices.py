@@ -81,7 +81,8 @@ def _stored(path: Path) -> Choices:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         return {
-            str(name): [{"key": list(r["key"]), "config": dict(r["config"])} for r in found[name]] for name in found
+            str(name): [{"key": list(row["key"]), "config": dict(row["config"])} for row in rows]
+            for name, rows in found.items()
         }
     except FileNotFoundError:
         return {}

@@ -86,4 +86,4 @@ class Resting:
 def _bytes(tensor: Tensor) -> Tensor:
     """A tensor's whole storage as bytes."""
     storage = tensor.untyped_storage()
-    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage, 0, (storage.nbytes(),))
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage, 0, (storage.nbytes(),), (1,))

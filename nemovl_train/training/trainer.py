@@ -31,6 +31,7 @@ from nemovl_train.training import spikes
 from nemovl_train.training.callbacks import Callback, MetricsFile, Profile, ProgressLine, trackers
 from nemovl_train.training.control import Control
 from nemovl_train.training.deadline import SAFETY, Deadline
+from nemovl_train.training.dry_run import dry_run
 from nemovl_train.training.engine import open_engine
 from nemovl_train.training.folder import StageFolder, resolve_checkpoint
 from nemovl_train.training.kernel_choices import tune_once
@@ -165,6 +166,9 @@ class Trainer:
             for callback in self.callbacks:
                 closing.callback(callback.close)
             tune_once(self.model, self.layout, self.config.data.seq_length)
+            if self.config.trainer.dry_run:
+                dry_run(self.engine, self._next_packs()[0][0], self.config, self.layout, self.folder.path)
+                return ExitCode.OK
             self._call("on_start")
             while not self._has_ended():
                 if not self._take_step():

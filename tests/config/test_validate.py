@@ -65,7 +65,7 @@ def changed(config, key: str, value):
         ("optim.states", "lean", "needs precision.params=bf16"),
         ("optim.states", "bf16", "did you mean bf16_moments?"),
         ("recompute.language", "selectve", "did you mean selective?"),
-        ("recompute.vision", "0", "choose from none, selective, full, tiles"),
+        ("recompute.vision", "0", "choose from none, selective, full, offload, tiles"),
         ("recompute.language_layers", 2, "recompute.language=full alone"),
         ("checkpoint.keep_last", 0, "at least 1"),
         ("data.packing", "balance", "did you mean balanced"),
@@ -134,7 +134,7 @@ def full_size() -> RunConfig:
         ("model.vision.hidden_size", 1288, "nearest: 1280 or 1296"),
         ("model.projector.ffn_hidden_size", 20472, "nearest: 20464 or 20480"),
         ("model.language.hidden_size", 5128, "nearest: 5120 or 5136"),
-        ("model.language.mamba_num_heads", 136, "Mamba projection 24024"),
+        ("model.language.mamba_num_heads", 136, "Mamba projection 23944"),
     ],
 )
 def test_what_fp8_asks_for(full_size: RunConfig, key: str, value, part: str):

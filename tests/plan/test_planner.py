@@ -302,3 +302,39 @@ def test_adapters_by_hand():
         config, adapter=replace(config.adapter, rank=0), trainer=replace(config.trainer, train=("vision",))
     )
     assert make_plan(frozen).memory.activations < plan.memory.activations
+
+
+def test_fp8_halves_what_linears_keep_and_leaves_nothing_to_select():
+    plain, fp8 = (recipe("stage1_sft_16k", *KEPT, f"precision.fp8={fp8}") for fp8 in ("none", "blockwise"))
+    load, grid, size = pack_of(plain), Grid(tp=4, sequence_parallel=True), plain.model.language
+    kept = [memory(config, grid, load).activations for config in (plain, fp8)]
+    # Inputs of both linears of the 60 layers between the ends lose 15/32 of their bytes, attention's output is kept
+    # twice; an MLP layer's is 4 x hidden wide inside, a Mamba layer's 2 x hidden, and each reads its norm's output.
+    inner = size.hybrid_pattern[1:-1]
+    counts = {kind: inner.count(kind) for kind in "M*-"}
+    inputs = counts["M"] * 3 + counts["-"] * 5 + counts["*"]
+    numbers = load.seq_length * size.hidden_size / grid.tp
+    saved = numbers * (inputs * (1 - 33 / 64) - counts["*"] * 33 / 64)
+    assert kept[0] - kept[1] == pytest.approx(2 * saved)
+    selective = replace(fp8, recompute=replace(fp8.recompute, language="selective"))
+    ends = kept[1] - memory(selective, grid, load).activations
+    assert 0 < ends < 0.05 * kept[1], "only the layers at the ends drop anything"
+
+
+def test_what_goes_to_the_host_leaves_the_device():
+    full = recipe("stage4_long_context_300k", "cluster=h100_x8", "recompute.language=full")
+    offload = replace(full, recompute=replace(full.recompute, language="offload"))
+    plans = [make_plan(config) for config in (full, offload)]
+    layers = full.model.language.num_layers
+    gone = plans[0].memory.activations - plans[1].memory.activations
+    assert gone == pytest.approx(plans[0].memory.activations * (layers - 3) / layers)
+    assert plans[0].host_bytes == 0
+    assert plans[1].host_bytes == pytest.approx(plans[0].memory.activations)
+    assert to_json(plans[1])["memory"]["host"] == round(plans[1].host_bytes)
+
+    resting = make_plan(replace(full, optim=replace(full.optim, offload=True)))
+    before, after = plans[0].memory, resting.memory
+    passing = before.activations + before.working + before.vision + before.logits
+    # Of what passes and what rests the larger counts.
+    assert after.total == pytest.approx(before.total - min(before.optimizer, passing))
+    assert resting.host_bytes == pytest.approx(before.optimizer)

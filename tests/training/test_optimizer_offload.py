@@ -39,6 +39,18 @@ def bytes_of(optimizers):
     return sum(held.values())
 
 
+def test_a_run_with_it_equals_one_without_also_through_a_checkpoint(data, tmp_path):
+    """Before the others: a run makes its own layout, and theirs stays until the end of the file."""
+    whole = running.run(tiny_runs.run_config(data, tmp_path / "whole"))
+    config = tiny_runs.run_config(data, tmp_path / "resting")
+    config = replace(config, optim=replace(config.optim, offload=True))
+    assert running.run(config, running.stop_at(3)).code == ExitCode.REQUEUE
+    again = running.run(config)
+    assert again.code == ExitCode.OK
+    assert again.tensors.keys() == whole.tensors.keys()
+    assert all(torch.equal(again.tensors[name], whole.tensors[name]) for name in whole.tensors)
+
+
 @pytest.mark.parametrize("distributed", [True, False])
 def test_steps_are_the_same_and_nothing_is_held_in_between(layout, data, distributed):
     (_, plain), (_, resting) = (make(layout, offload=o, distributed=distributed) for o in (False, True))
@@ -71,14 +83,3 @@ def test_what_rests_is_what_comes_back(layout, data):
     for optimizers in (plain, resting):
         train_step(optimizers, second, layout, lr=1e-2, divisor="global")
     assert not all_equal(moments(plain), moments(resting))
-
-
-def test_a_run_with_it_equals_one_without_also_through_a_checkpoint(data, tmp_path):
-    whole = running.run(tiny_runs.run_config(data, tmp_path / "whole"))
-    config = tiny_runs.run_config(data, tmp_path / "resting")
-    config = replace(config, optim=replace(config.optim, offload=True))
-    assert running.run(config, running.stop_at(3)).code == ExitCode.REQUEUE
-    again = running.run(config)
-    assert again.code == ExitCode.OK
-    assert again.tensors.keys() == whole.tensors.keys()
-    assert all(torch.equal(again.tensors[name], whole.tensors[name]) for name in whole.tensors)
