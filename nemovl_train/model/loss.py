@@ -166,7 +166,10 @@ class _Gradients:
     def __init__(self, hidden: Tensor, weight: Tensor, needed: tuple[bool, ...]) -> None:
         self._weight = weight
         self._of_hidden = torch.zeros_like(hidden) if needed[0] else None
-        self._total, self._of_weight = _weight_gradient(weight) if needed[1] else (None, None)
+        self._total: Tensor | None = None
+        self._of_weight: Tensor | None = None
+        if needed[1]:
+            self._total, self._of_weight = _weight_gradient(weight)
 
     def add(self, positions: Tensor, rows: Tensor, of_logits: Tensor) -> None:
         """Some positions [m], their hidden states [m, H] and the gradient of their logits [m, V]."""
