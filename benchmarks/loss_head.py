@@ -2,7 +2,7 @@
 
 `fused` is what training does, gradients made in forward; `remade` makes logits again in backward, for callers that do
 not know the losses' weights beforehand; `eager` is the plain form, and `stock` megatron-core's best: all logits, then
-Transformer Engine's cross entropy, which turns them into their gradient in place (CUDA only).
+Transformer Engine's cross entropy, which makes their gradient of a copy (CUDA only).
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 The measurements are `benchmarks/results/2026-11-22_megatron_core_4xh100.json` and
 `benchmarks/results/2026-11-25_train_units_1xh100.json`. The profile of case `tp4_16k` gave the rates of `timing.py` and
-`hardware.py`, `tp4_4k_without_sp` the cost of a launch, `unit_visual` the tower's rate; other times are predictions. So
-is memory, but for one constant: that all logits have their gradient beside them.
+`hardware.py`, `tp4_4k_without_sp` the cost of a launch, `unit_visual` the tower's rate; other times are predictions. No
+constant of `memory.py` is fitted to a measurement.
 """
 
 from dataclasses import dataclass, replace

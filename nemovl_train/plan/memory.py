@@ -23,7 +23,8 @@ _TOWER_WIDTHS_LIVE = 10
 _TOWER_WIDTHS_MADE_AGAIN = 6
 """Of those, norms out twice and the GELU out: what selective recomputation drops."""
 _LOGIT_BYTES_WHOLE = 4
-"""Of one logit where all exist at once, and its gradient: peaks of the measured runs have both."""
+"""Of one logit where all exist at once, and of the copy that Transformer Engine's cross entropy turns into its gradient
+(`pytorch/cross_entropy.py`, 2.20.2)."""
 _FP8_COPY = (1 + 4 / 128) / 2
 """Of an input that an FP8 linear keeps for its weight, in bfloat16 numbers: a byte each, and a scale for each block."""
 _FP8_TOWER_WIDTHS = 7 * _FP8_COPY - _TOWER_WIDTHS_MADE_AGAIN
