@@ -278,6 +278,8 @@ def _unmeasured(plan: Plan) -> Iterator[str]:
         unmeasured.append("our exchange over context parallel ranks")
     if plan.load.tiles:
         unmeasured.append("the tower")
+    if plan.host_bytes:
+        unmeasured.append("copies to host memory, which count as hidden")
     if unmeasured:
         yield f"times rest on assumptions for {', '.join(unmeasured)}"
 
