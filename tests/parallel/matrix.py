@@ -525,11 +525,13 @@ def main() -> None:
     torch.set_num_threads(1)
     cuda = torch.cuda.is_available()
     if cuda:
-        os.environ["LOCAL_RANK"] = str(args.rank)
-        torch.cuda.set_device(args.rank)
         sys.path.insert(0, str(Path(__file__).parents[1] / "gpu"))
         from gpu_packs import one_configuration_per_kernel
+        from shared_gpus import local_rank
 
+        gpu = local_rank(args.rank, torch.cuda.device_count())
+        os.environ["LOCAL_RANK"] = str(gpu)
+        torch.cuda.set_device(gpu)
         one_configuration_per_kernel()
     store = dist.FileStore(str(args.folder / "store"), args.ranks)
     dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=args.rank, world_size=args.ranks)
