@@ -44,6 +44,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from nemovl_train.model import cache
+from nemovl_train.model.fp8 import in_fp8
 from nemovl_train.model.kernels import dispatch
 from nemovl_train.model.kernels.phases import ScanInputs, TokenGradients
 from nemovl_train.model.mamba_parts import GatedNorm, MambaParameters, MambaSizes, mark_split
@@ -186,6 +187,8 @@ class PackedMambaMixer(MambaMixer):
         projected, _ = self.in_proj(hidden_states)
         assert projected.shape[1] == 1, "packs are the only batch"
         projected, parameters = projected.squeeze(1), self._parameters_outside_projections()
+        # In FP8 the projection keeps a copy of its own, and the fused call is faster.
+        remakes = self.remakes_gated_norm and not self.exchanges_heads and not in_fp8(self.in_proj)
         if isinstance(packed_seq_params, cache.CachedParams):
             assert self.layer_number is not None
             inner = cache.mamba_inner(
@@ -199,11 +202,9 @@ class PackedMambaMixer(MambaMixer):
         elif self.exchanges_heads:
             inner = self._over_heads(projected, parameters, packed_seq_params)
         else:
-            inner = _inner(
-                projected, parameters, self.sizes, packed_seq_params, self.cp_group, by_phases=self.remakes_gated_norm
-            )
+            inner = _inner(projected, parameters, self.sizes, packed_seq_params, self.cp_group, by_phases=remakes)
         inner, node = inner.unsqueeze(1), inner.grad_fn
-        if self.remakes_gated_norm and not self.exchanges_heads and node is not None:
+        if remakes and node is not None:
             inner = can_be_remade(inner, lambda into: _ScanAcrossRanks.norm_again(node, into.squeeze(1)))
         return self.out_proj(inner)
 
@@ -227,8 +228,10 @@ class PackedMambaMixer(MambaMixer):
         bounds = torch.tensor([0, tokens], dtype=torch.int32, device=weight.device)
         pack = PackParams.from_boundaries(bounds, ids, tokens)
         handed_on = ranks > 1 and not self.exchanges_heads
-        out = _inner(projected.requires_grad_(), own, sizes, pack, None, by_phases=handed_on or self.remakes_gated_norm)
-        out.backward(torch.randn_like(out))
+        # Of layers that make the norm again, those in FP8 take the other form.
+        for by_phases in {handed_on, handed_on or self.remakes_gated_norm}:
+            out = _inner(projected.detach().requires_grad_(), own, sizes, pack, None, by_phases=by_phases)
+            out.backward(torch.randn_like(out))
 
     def _over_heads(self, projected: Tensor, parameters: MambaParameters, pack: PackParams) -> Tensor:
         """[L, all columns] -> [L, H * P], every rank scanning all tokens with its share of the heads."""

@@ -276,6 +276,8 @@ def _unmeasured(plan: Plan) -> Iterator[str]:
         unmeasured.append("links between nodes")
     if plan.grid.cp > 1:
         unmeasured.append("our exchange over context parallel ranks")
+    if plan.host_bytes:
+        unmeasured.append("copies to host memory, which count as hidden")
     if unmeasured:
         yield f"times rest on assumptions for {', '.join(unmeasured)}"
 
