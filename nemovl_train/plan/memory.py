@@ -169,11 +169,12 @@ def _language(
     recomputed = size.num_layers if policy.full_recompute_layers is None else policy.full_recompute_layers
     in_flight = min(_INPUTS_IN_FLIGHT / max(recomputed, 1), 1.0) if policy.inputs_on_host else 1.0
     held = [in_flight * size.hidden_size / residual] * recomputed + stack[recomputed:]
+    dropped = {"M": size.mamba_inner_size, "*": 0, "-": size.ffn_hidden_size}
     worst = given_back = 0.0
     for place, kind in reversed(list(enumerate(size.hybrid_pattern))):
-        made = sum(_made_in_backward(size, kind, policy)) / grid.tp
+        made = _made_in_backward(size, kind, grid, tokens) / grid.tp
         if policy.selective_recompute:
-            made += size.hidden_size / residual
+            made += dropped[kind] / grid.tp + size.hidden_size / residual
         if place < recomputed:
             made += stack[place]
         worst = max(worst, made - given_back)
@@ -206,18 +207,28 @@ def _kept(size: LanguageConfig, kind: str, grid: Grid, frozen: bool, policy: Pol
     return size.ffn_hidden_size * (inside + trained), norm
 
 
-def _made_in_backward(size: LanguageConfig, kind: str, policy: Policy) -> tuple[float, float]:
-    """Numbers a token, before TP, that a layer's backward pass makes: those of its work, and those it had dropped."""
+def _made_in_backward(size: LanguageConfig, kind: str, grid: Grid, tokens: float) -> float:
+    """Numbers a token, before TP, that a layer's backward pass makes beside what was kept."""
     if kind == "*":
         # Gradients of queries, keys, values and of the output.
-        return (2.0 * size.num_attention_heads + 2 * size.num_query_groups) * size.head_dim, 0.0
+        return (2.0 * size.num_attention_heads + 2 * size.num_query_groups) * size.head_dim
     if kind == "-":
-        return 2.0 * size.ffn_hidden_size, size.ffn_hidden_size * policy.selective_recompute
-    inner = size.mamba_inner_size
-    projected = 2 * inner + 2 * size.mamba_num_groups * size.mamba_state_dim + size.mamba_num_heads
-    # Chunk states are float32, two numbers' room each: the states, their gradients, and those passed on.
-    states = 3 * 2 * inner * size.mamba_state_dim / size.chunk_size
-    return 2 * projected + 6 * inner + states, inner * policy.selective_recompute
+        return 2.0 * size.ffn_hidden_size
+    inner, groups = size.mamba_inner_size, size.mamba_num_groups
+    convolved = inner + 2 * groups * size.mamba_state_dim
+    projected = inner + convolved + size.mamba_num_heads
+    # Gradients of the layer's output, of the scan's and of the projection's; the convolution's output and its gradient.
+    made = 2 * inner + projected + 2 * convolved
+    # Products of every c with every b of its chunk and their gradients, float32: two numbers' room each.
+    made += 2 * 2 * groups * size.chunk_size
+    # Chunk states, float32 too: their gradients from each chunk's outputs, of all pieces of a pack that is too long for
+    # one call; and for one piece at a time the states and those passed on.
+    states = 2 * inner * size.mamba_state_dim / size.chunk_size
+    columns = max(
+        projected, inner * size.mamba_state_dim // size.chunk_size, size.mamba_num_heads * size.mamba_state_dim
+    )
+    pieces = math.ceil(tokens * columns / grid.tp / 2**31)
+    return made + states * (1 + 2 / pieces)
 
 
 def _vision(config: RunConfig, grid: Grid, load: PackLoad, policy: Policy, *, trained: bool) -> float:
