@@ -1,13 +1,15 @@
 """Fine-tune the 12B VLM (13 billion parameters) under DeepSpeed, for its rate and its memory on the GPU and the host.
 
-    python benchmarks/deepspeed_13b.py --processes 2 --out O.json                     # stage 3, optimizer on the host
-    python benchmarks/deepspeed_13b.py --processes 4 --no-offload --out O.json        # stage 3, all on the GPUs
-    python benchmarks/deepspeed_13b.py --processes 1 --offload-params --train projector,language --out O.json
-    python benchmarks/deepspeed_13b.py --processes 2 --small --out O.json             # CPU, laptop widths
+    python benchmarks/deepspeed_13b.py --processes 2 --out O.json               # optimizer on the host
+    python benchmarks/deepspeed_13b.py --processes 4 --no-offload --out O.json  # all on the GPUs
+    python benchmarks/deepspeed_13b.py --processes 1 --layers 18 --out O.json   # what 128 GiB of host memory hold
+    python benchmarks/deepspeed_13b.py --processes 1 --train vision,projector --out O.json
+    python benchmarks/deepspeed_13b.py --processes 2 --small --out O.json       # CPU, laptop widths
 
-Weights are random, packs are random documents with tiles in some; every step takes `--packs` packs over all ranks.
-The first step, which compiles kernels and fills caches, is not in the rate. Host memory is the resident set of each
-rank, sampled, and what the machine lacked at its worst compared with the start.
+Stage 3 unless told otherwise. Weights are random, packs are random documents with tiles in some; every step takes
+`--packs` packs over all ranks. The first step, which compiles kernels and fills caches, is not in the rate. Host memory
+is the resident set of each rank, sampled, and what the machine lacked at its worst compared with the start. The result
+is written after every step, so that what a run did counts even if it is stopped.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import sys
 import threading
 import time
@@ -37,8 +40,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--zero-stage", type=int, choices=(1, 2, 3), default=3)
     parser.add_argument("--no-offload", action="store_true", help="optimizer state stays on the GPUs")
     parser.add_argument("--offload-params", action="store_true")
-    parser.add_argument("--recompute", action="store_true", help="keep layers' inputs and pixels alone for backward")
     parser.add_argument("--train", default="vision,projector,language", help="parts that train")
+    parser.add_argument("--layers", type=int, help="the first so many layers of the language model alone")
     parser.add_argument("--small", action="store_true", help="laptop widths, fp32")
     return parser.parse_args()
 
@@ -62,10 +65,13 @@ class HostMemory(threading.Thread):
             if self._done.wait(SAMPLE_SECONDS):
                 return
 
-    def stop(self) -> dict[str, float]:
-        """GiB at their worst."""
+    def stop(self) -> None:
+        """End the thread."""
         self._done.set()
         self.join()
+
+    def worst(self) -> dict[str, float]:
+        """GiB so far."""
         return {"resident_gib": self.resident / 2**30, "machine_gib": self.taken / 2**30}
 
 
@@ -76,6 +82,10 @@ def run_config(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     from nemovl_train.config.compose import compose_run
 
     config = compose_run("tiny/finetune_deepspeed" if args.small else "finetune/deepspeed")
+    if args.layers:
+        language = config.model.language
+        language = replace(language, hybrid_pattern=language.hybrid_pattern[: args.layers])
+        config = replace(config, model=replace(config.model, language=language))
     length, per_tile = 256 if args.small else args.seq_length, config.model.tokens_per_tile
     lengths = [int(length * share) for share in (0.3, 0.15, 0.5)]
     tiles = [int(document * share) // per_tile for document, share in zip(lengths, (0.6, 0.0, 0.6), strict=True)]
@@ -87,19 +97,15 @@ def run_config(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         offload_params=args.offload_params,
     )
     trainer = replace(config.trainer, global_batch=args.packs, train=tuple(args.train.split(",")))
-    recompute = replace(config.recompute, language="full", vision="tiles") if args.recompute else config.recompute
-    return replace(config, engine=engine, trainer=trainer, recompute=recompute), shapes
+    return replace(config, engine=engine, trainer=trainer), shapes
 
 
-def train(args: argparse.Namespace) -> dict[str, Any]:
-    """One rank's measurements."""
+def train(args: argparse.Namespace) -> None:
+    """Measure on one rank; its part of the result is written after every step."""
     import torch
     from gpu_packs import random_pack
 
-    from nemovl_train.model.backend import DTYPES
-    from nemovl_train.model.vlm import build_model
     from nemovl_train.parallel.layout import Layout, shutdown
-    from nemovl_train.training.engine import open_engine
     from nemovl_train.training.step import train_step
 
     host = HostMemory()
@@ -107,7 +113,42 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     config, shapes = run_config(args)
     layout = Layout.create(config.parallel, config.model.language)
     cuda = layout.device.type == "cuda"
+    if cuda:
+        from triton_choices import use_choices
+
+        use_choices()
     began = time.perf_counter()
+    engine, row = open_model(config, layout)
+    row |= {"rank": layout.rank, "layers": config.model.language.num_layers}
+    row |= {"open_seconds": time.perf_counter() - began, "gpu_peak_gib_opening": _peak_gib(cuda)}
+    if layout.rank == 0:
+        print(f"open after {row['open_seconds']:.0f} s; {host.worst()}", flush=True)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    results = []
+    for step in range(args.steps):
+        packs = [random_pack(config.model, seed=step * args.packs + i, **shapes) for i in range(args.packs)]
+        own = packs[layout.dp_rank :: layout.dp]
+        results.append(train_step(engine, own, layout, lr=LEARNING_RATE, divisor="global"))
+        if layout.rank == 0:
+            print(f"step {step + 1}: loss {results[-1].loss:.4f}  {results[-1].seconds:.1f} s", flush=True)
+        row |= rates(results, layout.world_size)
+        row |= {"gpu_peak_gib_training": _peak_gib(cuda), "host": host.worst()}
+        part_of(args, layout.rank).write_text(json.dumps(row))
+    host.stop()
+    engine.close()
+    layout.destroy()
+    shutdown()
+
+
+def open_model(config: Any, layout: Any) -> tuple[Any, dict[str, Any]]:
+    """The engine around a model with random weights, and what is in it."""
+    import torch
+
+    from nemovl_train.model.backend import DTYPES
+    from nemovl_train.model.vlm import build_model
+    from nemovl_train.training.engine import open_engine
+
     model = build_model(
         config.model,
         layout,
@@ -118,40 +159,35 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         draw_on=layout.device,
     )
     model.freeze(config.trainer.train)
-    parameters = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    engine = open_engine(model, layout, config)
-    opened = time.perf_counter() - began
-    peak_start = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    results = []
-    for step in range(args.steps):
-        packs = [random_pack(config.model, seed=step * args.packs + i, **shapes) for i in range(args.packs)]
-        own = packs[layout.dp_rank :: layout.dp]
-        results.append(train_step(engine, own, layout, lr=LEARNING_RATE, divisor="global"))
-        if layout.rank == 0:
-            print(f"step {step + 1}: loss {results[-1].loss:.4f}  {results[-1].seconds:.1f} s", flush=True)
-    steady = sorted(result.seconds for result in results[1:])[(args.steps - 1) // 2]
     row = {
-        "rank": layout.rank,
-        "device": torch.cuda.get_device_name() if cuda else "CPU",
-        "parameters": parameters,
-        "trained": trained,
-        "open_seconds": opened,
+        "device": torch.cuda.get_device_name() if layout.device.type == "cuda" else "CPU",
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
+    }
+    return open_engine(model, layout, config), row
+
+
+def rates(results: list, ranks: int) -> dict[str, Any]:
+    """Of the steps so far; the first one counts only while it is alone."""
+    steady = statistics.median([result.seconds for result in results[1:] or results])
+    return {
         "step_seconds": [result.seconds for result in results],
         "tokens_per_second": results[-1].tokens / steady,
-        "tokens_per_second_per_gpu": results[-1].tokens / steady / layout.world_size,
+        "tokens_per_second_per_gpu": results[-1].tokens / steady / ranks,
         "loss": [result.loss for result in results],
         "grad_norm": [result.grad_norm for result in results],
-        "gpu_peak_gib_opening": peak_start,
-        "gpu_peak_gib_training": torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0,
-        "host": host.stop(),
     }
-    engine.close()
-    layout.destroy()
-    shutdown()
-    return row
+
+
+def part_of(args: argparse.Namespace, rank: int) -> Path:
+    """A rank's part of the result."""
+    return args.out.with_name(f"{args.out.name}.{rank}")
+
+
+def _peak_gib(cuda: bool) -> float:
+    import torch
+
+    return torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
 
 
 def main() -> None:
@@ -162,15 +198,25 @@ def main() -> None:
     if args.rank is not None:
         address = {"RANK": args.rank, "LOCAL_RANK": args.rank, "WORLD_SIZE": args.processes}
         os.environ.update({name: str(value) for name, value in address.items()})
-        row = train(args)
-        args.out.with_name(f"{args.out.name}.{args.rank}").write_text(json.dumps(row))
+        train(args)
         return
     from ranks import start_ranks
 
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", str(_free_port()))
-    start_ranks(args.processes)
-    parts = [args.out.with_name(f"{args.out.name}.{rank}") for rank in range(args.processes)]
+    # The update of what lies in host memory is the host's.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.processes)))
+    try:
+        start_ranks(args.processes)
+    finally:
+        put_together(args)
+
+
+def put_together(args: argparse.Namespace) -> None:
+    """One file of what the ranks wrote."""
+    parts = [part for rank in range(args.processes) if (part := part_of(args, rank)).exists()]
+    if not parts:
+        return
     result = {
         "case": "deepspeed_13b",
         "date": time.strftime("%Y-%m-%d"),

@@ -151,6 +151,7 @@ def _train(case: Any, config: Any, layout: Any, args: argparse.Namespace) -> dic
             num_tiles=len(pack.tiles),
             head_tokens=pack.stats["supervised_tokens"],
             train=case.train,
+            adapted=("language",) if case.adapted else (),
         ).total
         for pack in packs
     ]
@@ -197,6 +198,7 @@ def _engine(case: Any, config: Any, layout: Any, *, small: bool) -> Any:
     """The model of a case in its program, ready to train."""
     import torch
 
+    from nemovl_train.model.adapters import add_adapters
     from nemovl_train.model.vlm import build_model
     from nemovl_train.training.optimizer import Optimizers
 
@@ -219,6 +221,7 @@ def _engine(case: Any, config: Any, layout: Any, *, small: bool) -> Any:
 
         return TransformersEngine(model, config, layout, case, dtype)
     assert (case.engine, case.form) == ("ours", "packed"), "engine is ours, stock or transformers; forms are for peers"
+    add_adapters(model, case.adapter, layout, seed=1234)
     model.freeze(train=case.train)
     return Optimizers(model, layout, case.optim, dtype)
 

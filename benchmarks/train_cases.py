@@ -9,6 +9,8 @@ from typing import Any
 import yaml
 
 from nemovl_train.config.schema import (
+    AdapterConfig,
+    AdapterTargets,
     LanguageConfig,
     ModelConfig,
     OptimConfig,
@@ -49,6 +51,7 @@ class Case:
         vocab_size: Rows of embedding and head.
         vision_layers: Blocks of the tower; 0 leaves tower and projector out.
         train: Parts that train.
+        adapted: Layers of the language model that get adapters of rank 16, as `adapter.targets.language` names them.
         engine: Program that trains: `ours`, or a peer, `stock` (megatron-core's own layers, `peer_stock.py`) or
             `transformers` (its own class under FSDP2, `peer_transformers.py`).
         form: What a peer makes of a pack: itself (`packed`), micro-batches of one document each (`alone`), or those in
@@ -72,6 +75,7 @@ class Case:
     vocab_size: int = LanguageConfig.vocab_size
     vision_layers: int = 0
     train: tuple[str, ...] = ("language",)
+    adapted: tuple[str, ...] = ()
     engine: str = "ours"
     form: str = "packed"
     width: int = 1
@@ -88,6 +92,11 @@ class Case:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-4, weight_decay=0.1, beta2=0.95))
+
+    @property
+    def adapter(self) -> AdapterConfig:
+        """Rank and scale are those of `configs/adapter/lora.yaml`."""
+        return AdapterConfig(rank=16 if self.adapted else 0, targets=AdapterTargets(language=self.adapted))
 
     def small(self) -> Case:
         """The same at laptop widths: layers, packs and steps are few, options stay. All is float32 on a CPU."""
@@ -166,7 +175,8 @@ def _case(name: str, values: dict[str, Any]) -> Case:
         if section in made:
             default = Case(case=name).optim if section == "optim" else kind()
             made[section] = replace(default, **made[section])
-    return Case(**made | {"train": tuple(made.get("train", ("language",)))})
+    lists = {"train": ("language",), "adapted": ()}
+    return Case(**made | {key: tuple(made.get(key, default)) for key, default in lists.items()})
 
 
 def _merged(values: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:

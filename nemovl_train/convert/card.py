@@ -67,6 +67,13 @@ CODE = (
     "say."
 )
 
+FP8 = (
+    "Each FP8 weight has one scale a row, `weight_scale`; activations are to be quantised token by token. "
+    "`quantization_config` says so in the words of the compressed-tensors package, which vLLM and SGLang have built in "
+    "and Transformers needs installed. nemovl reads such weights as their products with the scales. Embedding, head, "
+    "norms, convolutions, Mamba's A_log, D and dt_bias, tower and projector are not in FP8."
+)
+
 
 def model_card(
     config: ModelConfig,
@@ -77,6 +84,7 @@ def model_card(
     dtype: str,
     files: Mapping[str, str],
     card: Mapping[str, Any],
+    fp8: bool = False,
 ) -> str:
     """Markdown text of the card.
 
@@ -88,8 +96,10 @@ def model_card(
         dtype: Number format of the weights.
         files: File name -> SHA-256.
         card: What the caller knows: `recipe`, `parent`, `data`, `license`, measured results; any JSON values.
+        fp8: Whether the language model's linear layers are in FP8.
     """
-    facts = {"kind": kind, "parameters": f"{parameters:,}", "tensors": tensors, "number format": dtype}
+    number_format = f"{dtype}; linear layers of the language model FP8 (E4M3)" if fp8 else dtype
+    facts = {"kind": kind, "parameters": f"{parameters:,}", "tensors": tensors, "number format": number_format}
     if kind != "vision":
         facts["language layers"] = f"{config.language.num_layers} (`{config.language.hybrid_pattern}`)"
         facts["vocabulary rows"] = config.language.vocab_size
@@ -104,6 +114,7 @@ def model_card(
         "\n".join(f"- **{k}**: {_value(v)}" for k, v in card.items()) or "No record was given to the export.",
         "## What opens this folder",
         _opens(config, kind, files),
+        *([FP8] if fp8 else []),
         "## Files",
         "\n".join(["| file | SHA-256 |", "|---|---|", *(f"| `{k}` | `{v}` |" for k, v in files.items())]),
         "`nemovl convert verify FOLDER` checks names, shapes, hashes, the round trip and the logits.",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nemovl_train.config.schema import ModelConfig
+from nemovl_train.convert.fp8 import CONFIG_KEY
 from nemovl_train.convert.hf_layout import MediaBudget
 from nemovl_train.convert.tensor_files import read_json
 
@@ -51,7 +52,11 @@ class Carried:
             now: The document as we write it for the model to export.
         """
         path = self.folder / name
-        return merge(read_json(path), then, now) if path.is_file() else dict(now)
+        if not path.is_file():
+            return dict(now)
+        # How the imported weights were stored says nothing about those that are written now.
+        imported = {key: value for key, value in read_json(path).items() if key != CONFIG_KEY}
+        return merge(imported, then, now)
 
 
 def carry(hf_dir: Path, out: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from data_pipelines.config import DataConfig
 from nemovl_train.checkpoint import sealed
-from nemovl_train.checkpoint.base import refuse_adapters
+from nemovl_train.checkpoint.base import parent_of, refuse_adapters
 from nemovl_train.checkpoint.sealed import Verified
 from nemovl_train.checkpoint.streamed import StoredTensors, save_streamed
 from nemovl_train.config.build import build
@@ -117,7 +117,13 @@ def refuse_existing(out: Path) -> None:
 
 
 def export_checkpoint(
-    source: Path, out: Path, *, tokenizer: Path | None = None, dtype: str | None = None, overwrite: bool = False
+    source: Path,
+    out: Path,
+    *,
+    tokenizer: Path | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    fp8: bool = False,
 ) -> Path:
     """Export a checkpoint, a stage's newest one, or a run's last stage. One that was cut off is continued.
 
@@ -127,6 +133,7 @@ def export_checkpoint(
         tokenizer: Folder with tokenizer.json; None takes the one that the checkpoint names.
         dtype: `fp32` or `bf16`; None keeps the checkpoint's.
         overwrite: Replace an earlier export of that name.
+        fp8: Write the language model's linear layers in FP8.
 
     Raises:
         ConversionError: No complete checkpoint, no tokenizer where one is needed, or `out` exists.
@@ -147,6 +154,7 @@ def export_checkpoint(
         identity=sealed.seal_of(folder),
         dtype=None if dtype is None else DTYPES[dtype],
         overwrite=overwrite,
+        fp8=fp8,
         **info.export,
     )
 
@@ -187,7 +195,7 @@ def save_as_checkpoint(
         if n in entries and s.shape != entries[n].shape
     ]
     report(problems, "the tensors are not those of the model")
-    stored = to_stored(_in_formats(whole, entries, dtype), config.language)
+    stored = to_stored(in_formats(whole, entries, dtype), config.language)
     root = out / CHECKPOINTS
     root.mkdir(parents=True, exist_ok=True)
     return save_streamed(
@@ -214,8 +222,14 @@ def _union(first: Tensors, second: Tensors) -> Tensors:
     return Tensors({**first.specs, **second.specs}, read)
 
 
-def _in_formats(tensors: Tensors, entries: Mapping[str, Entry], dtype: torch.dtype) -> Tensors:
-    """Converted to the formats that a checkpoint holds, in the order of the table."""
+def in_formats(tensors: Tensors, entries: Mapping[str, Entry], dtype: torch.dtype) -> Tensors:
+    """Converted to the formats that a checkpoint holds, in the order of the table.
+
+    Args:
+        tensors: Canonical tensors.
+        entries: The table by canonical name.
+        dtype: Format of the parameters; A_log and D are float32, and so is a dt_bias that comes as it.
+    """
 
     def chosen(name: str) -> torch.dtype:
         precision = entries[name].precision
@@ -277,8 +291,12 @@ def _find(path: Path) -> Verified:
     raise ConversionError(f"{path}: no complete checkpoint here; name a checkpoint, a stage folder or a run folder")
 
 
-def describe_checkpoint(folder: Path) -> CheckpointInfo:
+def describe_checkpoint(folder: Path, *, parent: Path | None = None) -> CheckpointInfo:
     """Sizes, format and origin of a checkpoint: from itself if it was imported, else from its stage's config.
+
+    Args:
+        folder: The checkpoint.
+        parent: Where the checkpoint is now that its run started from; None looks for it.
 
     Raises:
         ConversionError: The stage's config is missing.
@@ -302,8 +320,11 @@ def describe_checkpoint(folder: Path) -> CheckpointInfo:
         "seed": run.trainer.seed,
         "checkpoint integrity": sealed.seal_of(folder),
     }
+    if measured := _measured(home, state.get("step")):
+        facts["held-out results"] = measured
     export: dict[str, Any] = {"media": _media_budget(run.data)}
-    imported = _imported_ancestor(state)
+    behind = import_behind(folder, parent=parent)
+    imported = None if behind is None else _imported(behind.state, behind.home)
     if imported is not None and imported.config.parts == run.model.parts:
         export |= {k: imported.export[k] for k in ("carried", "constants", "state_dtype") if k in imported.export}
         facts["imported from"] = imported.facts["parent"]
@@ -315,19 +336,51 @@ def describe_checkpoint(folder: Path) -> CheckpointInfo:
     )
 
 
-def _imported_ancestor(state: Mapping[str, Any]) -> CheckpointInfo | None:
-    """The import at the root of a checkpoint's parents, where it is still on this machine."""
-    parent = state.get("parent")
-    while parent:
-        path = Path(parent) / "state.json"
-        if not path.is_file():
-            log.warning("the parent checkpoint %s is not here: what an imported folder carried is left out", parent)
-            return None
-        state = json.loads(path.read_text(encoding="utf-8"))
+def _measured(stage: Path, step: int | None) -> dict[str, Any]:
+    """Loss and exact match of every held-out set, where the stage's evaluation is of this step; else empty."""
+    path = stage / "evaluation.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not found or found.get("step") != step:
+        return {}
+    return {
+        name: {key: round(scores[key], 4) for key in ("loss", "exact_match") if scores.get(key) is not None}
+        for name, scores in found["sources"].items()
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Import:
+    """An imported checkpoint.
+
+    Attributes:
+        state: Contents of its `state.json`.
+        home: Folder with its tokenizer and what else came with it.
+    """
+
+    state: dict[str, Any]
+    home: Path
+
+
+def import_behind(folder: Path, *, parent: Path | None = None) -> Import | None:
+    """The import at the root of a checkpoint's parents, itself included, where it is still on this machine.
+
+    Args:
+        folder: A checkpoint.
+        parent: Where its own parent is now; None looks for it.
+    """
+    while True:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         if "model" in state:
-            return _imported(state, path.parent.parent.parent)
-        parent = state.get("parent")
-    return None
+            return Import(state=state, home=folder.parent.parent)
+        if state.get("parent") is None:
+            return None
+        found = parent or parent_of(folder)
+        if found is None:
+            log.warning(
+                "the parent checkpoint %s is not here: what an imported folder carried is left out", state["parent"]
+            )
+            return None
+        folder, parent = found, None
 
 
 def _media_budget(data: DataConfig) -> MediaBudget:
@@ -354,7 +407,14 @@ def _imported(state: Mapping[str, Any], home: Path) -> CheckpointInfo:
     media = MediaBudget(**state["media"]) if "media" in state else RELEASED_MEDIA
     export["media"] = media
     if (home / CARRIED).is_dir():
-        export["carried"] = Carried(folder=home / CARRIED, config=config, media=media, dtype=state["dtype"])
+        # A merged checkpoint carries what its base's import had, which described that import.
+        then = state.get("carried", state)
+        export["carried"] = Carried(
+            folder=home / CARRIED,
+            config=build(ModelConfig, then["model"], problems),
+            media=MediaBudget(**then["media"]) if "media" in then else RELEASED_MEDIA,
+            dtype=then["dtype"],
+        )
     return CheckpointInfo(
         config=config,
         facts={"parent": state["source"], **state.get("facts", {})},

@@ -16,6 +16,7 @@ from nemovl_train.config.schema import LanguageConfig, ModelConfig, ProjectorCon
 from nemovl_train.convert import hf_layout
 from nemovl_train.convert import llama as llama_layout
 from nemovl_train.convert.carried import Carried
+from nemovl_train.convert.fp8 import CONFIG_KEY, quantization_config
 from nemovl_train.convert.mapping import report
 from nemovl_train.convert.names import constant_names, is_llama, language_prefix, vision_prefix
 from nemovl_train.convert.tensor_files import TensorFolder, read_json
@@ -271,6 +272,7 @@ def write_config(
     tokenizer: Path | None = None,
     media: hf_layout.MediaBudget = hf_layout.RELEASED_MEDIA,
     carried: Carried | None = None,
+    fp8: bool = False,
 ) -> list[Path]:
     """Write every file of a folder that is not weights: configs, chat template, tokenizer, carried Python files.
 
@@ -282,11 +284,14 @@ def write_config(
         tokenizer: Folder with `tokenizer.json`; a `chat_template.jinja` there replaces ours.
         media: How images and videos become tiles.
         carried: What the folder that the model was imported from had.
+        fp8: Whether the language model's linear layers are in FP8.
 
     Returns:
         The files written.
     """
     documents = _documents(config, kind, dtype, media)
+    for name in [n for n in documents if fp8 and Path(n).name == "config.json"]:
+        documents[name][CONFIG_KEY] = quantization_config()
     if carried is not None:
         before = _documents(carried.config, kind, carried.dtype, carried.media)
         documents = {name: carried.document(name, before[name], now) for name, now in documents.items()}

@@ -24,6 +24,7 @@ from nemovl_train.config.schema import ModelConfig
 from nemovl_train.convert.card import model_card
 from nemovl_train.convert.carried import Carried
 from nemovl_train.convert.disk import explain_writes
+from nemovl_train.convert.fp8 import is_scale, linear_weights, quantized
 from nemovl_train.convert.hf_config import write_config
 from nemovl_train.convert.hf_layout import RELEASED_MEDIA, MediaBudget
 from nemovl_train.convert.lazy import Tensors
@@ -55,6 +56,7 @@ def export_canonical(
     carried: Carried | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
+    fp8: bool = False,
 ) -> Path:
     """Write canonical tensors as a folder in the released layout.
 
@@ -75,6 +77,7 @@ def export_canonical(
         carried: What an imported folder had besides; None writes our own documents alone.
         max_shard_bytes: Largest shard.
         overwrite: Replace `out_dir` if an export made it.
+        fp8: Write the language model's linear layers in FP8 (`fp8.py`).
 
     Returns:
         `out_dir`.
@@ -87,12 +90,11 @@ def export_canonical(
         raise ConversionError(f"kind {kind!r}; known are {', '.join(KINDS)}")
     with explain_writes(out_dir.parent):
         canonical = Tensors.of(tensors)
-        export = _Export(
-            config=config,
-            kind=kind,
-            dtype=dtype or common_dtype(canonical.specs, table(config, kind)),
-            tensors=folder_tensors(canonical, config, kind, constants=constants, dtype=dtype, state_dtype=state_dtype),
-        )
+        written = dtype or common_dtype(canonical.specs, table(config, kind))
+        theirs = folder_tensors(canonical, config, kind, constants=constants, dtype=dtype, state_dtype=state_dtype)
+        if fp8:
+            theirs = quantized(theirs, set(linear_weights(config, kind)), written)
+        export = _Export(config=config, kind=kind, dtype=written, tensors=theirs, fp8=fp8)
         with _WorkFolder(out_dir, identity, export, max_shard_bytes) as work:
             _finish_overwrite(out_dir)
             _refuse_existing(out_dir, overwrite)
@@ -105,6 +107,7 @@ def export_canonical(
                 tokenizer=tokenizer,
                 media=media,
                 carried=carried,
+                fp8=fp8,
             )
             _write_card_and_manifest(work, export, card)
             _publish(work.path, out_dir)
@@ -119,6 +122,7 @@ class _Export:
     kind: str
     dtype: torch.dtype
     tensors: Tensors
+    fp8: bool
 
 
 class _WorkFolder:
@@ -232,7 +236,7 @@ def _refuse_existing(out_dir: Path, overwrite: bool) -> None:
 def _write_card_and_manifest(work: _WorkFolder, export: _Export, card: Mapping[str, Any]) -> None:
     constants = set(constant_names(export.kind).values())
     specs = export.tensors.specs
-    parameters = sum(s.count for n, s in specs.items() if n not in constants)
+    parameters = sum(s.count for n, s in specs.items() if n not in constants and not is_scale(n))
     files = work.hashes()
     text = model_card(
         export.config,
@@ -242,6 +246,7 @@ def _write_card_and_manifest(work: _WorkFolder, export: _Export, card: Mapping[s
         dtype=dtype_name(export.dtype),
         files=files,
         card=card,
+        fp8=export.fp8,
     )
     (work.path / "README.md").write_text(text, encoding="utf-8")
     files["README.md"] = sha256(work.path / "README.md")

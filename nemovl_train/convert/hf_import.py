@@ -1,5 +1,6 @@
 """Reads Hugging Face folders into canonical tensors, one at a time. Data only: no code from a folder is ever run."""
 
+import logging
 import math
 from pathlib import Path
 
@@ -10,10 +11,12 @@ from nemovl_train.config.schema import ModelConfig
 from nemovl_train.convert.hf_config import read_config, read_kind
 from nemovl_train.convert.hf_export import MANIFEST, MANIFEST_FORMAT
 from nemovl_train.convert.lazy import Spec, Tensors
-from nemovl_train.convert.mapping import canonical_tensors, check_hf, constants_of
+from nemovl_train.convert.mapping import canonical_tensors, check_hf, constants_of, dtype_name
 from nemovl_train.convert.names import constant_names, table
 from nemovl_train.convert.tensor_files import TensorFolder, read_json
 from nemovl_train.exceptions import ConversionError
+
+log = logging.getLogger(__name__)
 
 EMBEDDING = "language_model.embedding.word_embeddings.weight"
 HEAD = "language_model.output_layer.weight"
@@ -48,6 +51,12 @@ class HFFolder:
         self.files = TensorFolder(hf_dir, hashes=_hashes(hf_dir))
         self.config = read_config(hf_dir, tensors=self.files)
         self.dtype = check_hf(self.files.specs, self.config, self.kind)
+        if self.files.fp8:
+            log.warning(
+                "%s: %d FP8 weights are read as %s, with the rounding that they have; the folder that they were made "
+                "from, if you have it, is the better start for training",
+                *(hf_dir, len(self.files.fp8), dtype_name(self.dtype)),
+            )
         states = [s.dtype for n, s in self.files.specs.items() if n.endswith("mixer.A_log")]
         self.state_dtype = states[0] if states else torch.float32
 

@@ -64,8 +64,13 @@ def to_stored(canonical: Tensors, lm: LanguageConfig) -> Tensors:
     return Tensors(specs, read)
 
 
-def from_stored(stored: StoredTensors, config: ModelConfig) -> Tensors:
+def from_stored(stored: StoredTensors, config: ModelConfig, *, partial: bool = False) -> Tensors:
     """Canonical tensors of a checkpoint, read when asked for; its optimizer state is left alone.
+
+    Args:
+        stored: The checkpoint.
+        config: Sizes of the model.
+        partial: Some tensors may be missing: the checkpoint holds what trained beside adapters.
 
     Raises:
         ConversionError: The checkpoint holds another model than `config`; every difference is named.
@@ -73,6 +78,8 @@ def from_stored(stored: StoredTensors, config: ModelConfig) -> Tensors:
     parts, specs, problems = {}, {}, []
     for entry in table(config, kind_of(config)):
         parts[entry.ours] = stored_parts(entry.ours, entry.shape[0], config.language)
+        if partial and not any(name in stored.specs for name, _ in parts[entry.ours]):
+            continue
         for name, rows in parts[entry.ours]:
             shape = [rows, *entry.shape[1:]]
             found = stored.specs.get(name)

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from nemovl_train.convert import fp8
 from nemovl_train.convert.lazy import Spec, Tensors
 from nemovl_train.exceptions import ConversionError
 
@@ -45,9 +46,16 @@ CODE_OF = {dtype: code for code, dtype in CODES.items()}
 class TensorFolder:
     """The tensors of a Hugging Face folder, by name. Headers are read at once, values when asked for.
 
+    FP8 weights come out multiplied by their scales, in the format of the folder's other weights.
+
     Args:
         folder: Folder with `model.safetensors`, or shards and their index.
         hashes: Expected SHA-256 of each tensor's bytes; a tensor that differs is refused when it is read.
+
+    Attributes:
+        specs: Shape and format of each tensor, as it comes out.
+        stored: The same as the files hold it, scales included.
+        fp8: Scales of the FP8 weights, both by name.
 
     Raises:
         ConversionError: No safetensors, a broken file, or an index that does not agree with its shards.
@@ -56,7 +64,7 @@ class TensorFolder:
     def __init__(self, folder: Path, *, hashes: Mapping[str, str] | None = None) -> None:
         self.folder = folder
         self.hashes = dict(hashes or {})
-        self.specs: dict[str, Spec] = {}
+        self.stored: dict[str, Spec] = {}
         self._place: dict[str, tuple[str, int]] = {}
         index = _index(folder)
         for file in sorted(set(index.values())) if index else [SINGLE]:
@@ -65,6 +73,13 @@ class TensorFolder:
         if index and index != found:
             wrong = sorted(set(index.items()) ^ set(found.items()))[0]
             raise ConversionError(f"{folder / INDEX} and the shards disagree about tensor {wrong[0]} (in {wrong[1]})")
+        self.fp8 = fp8.quantized_weights(self.stored)
+        self._wide = fp8.widest_format(self.stored)
+        self.specs = dict(self.stored)
+        for name, scale in self.fp8.items():
+            self.specs[name] = Spec(self.stored[name].shape, self._wide)
+            for left_out in (scale, scale.replace(".weight_scale", fp8.ACTIVATION_SCALE)):
+                self.specs.pop(left_out, None)
 
     def _open(self, file: str) -> None:
         path = self.folder / file
@@ -83,13 +98,19 @@ class TensorFolder:
                 raise ConversionError(f"tensor {name} is in both {self._place[name][0]} and {file}")
             if entry["dtype"] not in CODES:
                 raise ConversionError(f"{path}: tensor {name} has unknown format {entry['dtype']}")
-            self.specs[name] = Spec(tuple(entry["shape"]), CODES[entry["dtype"]])
+            self.stored[name] = Spec(tuple(entry["shape"]), CODES[entry["dtype"]])
             self._place[name] = (file, 8 + size + entry["data_offsets"][0])
 
     def read(self, name: str) -> Tensor:
         """The tensor of that name; its bytes are hashed first when a hash is known."""
+        if name not in self.fp8:
+            return self.read_stored(name)
+        return fp8.dequantize(self.read_stored(name), self.read_stored(self.fp8[name]), self._wide)
+
+    def read_stored(self, name: str) -> Tensor:
+        """The same as the file holds it."""
         file, offset = self._place[name]
-        tensor = torch.empty(self.specs[name].shape, dtype=self.specs[name].dtype)
+        tensor = torch.empty(self.stored[name].shape, dtype=self.stored[name].dtype)
         with (self.folder / file).open("rb") as stream:
             stream.seek(offset)
             if stream.readinto(raw_bytes(tensor)) != tensor.nbytes:

@@ -5,6 +5,7 @@ Writes `verification.json` and `verification.md` beside the weights.
 
 import datetime
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -16,19 +17,26 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors import safe_open
 
 from nemovl_train.checkpoint.files import sha256, write_whole
 from nemovl_train.convert.disk import explain_writes
+from nemovl_train.convert.fp8 import quantize
 from nemovl_train.convert.hf_export import MANIFEST
 from nemovl_train.convert.hf_import import HFFolder
+from nemovl_train.convert.lazy import Tensors
 from nemovl_train.convert.mapping import hf_tensors
 from nemovl_train.convert.names import constant_names, is_llama, table
 from nemovl_train.convert.tensor_files import raw_bytes, read_json
 from nemovl_train.exceptions import ConversionError
 
+log = logging.getLogger(__name__)
+
 TOLERANCE = 1e-4
+PROCESS_BYTES = 2 * 2**30
+"""What a process takes before it has a model."""
 TIMEOUT_S = 3600
 _COPY_IT = "the card is written beside the weights; copy the folder to where it can be, and verify the copy"
 PACKAGES = ("nemovl", "torch", "transformers", "safetensors", "megatron-core")
@@ -45,14 +53,20 @@ class Check:
     detail: dict[str, Any] = field(default_factory=dict)
 
 
-def verify(hf_dir: Path, *, reference: Path | None = None, tolerance: float = TOLERANCE) -> dict[str, Any]:
+def verify(
+    hf_dir: Path, *, reference: Path | None = None, tolerance: float = TOLERANCE, logits: bool | None = None
+) -> dict[str, Any]:
     """Verify a folder and write its verification card.
+
+    All checks but the last take a tensor at a time, whatever the model's size. Logits take Transformers' model, then
+    ours, whole and in float32.
 
     Args:
         hf_dir: Folder of a VLM, a text model or a tower.
         reference: Checkpoint, stage or run that the folder was exported from; every tensor is then compared with it
             bitwise.
         tolerance: Largest absolute difference of any logit or feature, both sides in float32.
+        logits: Whether to compare logits; None does where the machine has the memory, and else says so on the card.
 
     Returns:
         The card: `ok`, `kind`, `tensors`, `parameters`, `largest_difference`, `checks`, `versions`, `command`, `date`.
@@ -86,7 +100,8 @@ def verify(hf_dir: Path, *, reference: Path | None = None, tolerance: float = TO
             with _check("reference", checks) as same:
                 _check_reference(folder, reference, same)
         if trip.ok:
-            _check_in_clean_processes(hf_dir, folder, checks, tolerance)
+            why_not = _why_no_logits(folder, card["parameters"], logits)
+            _check_in_clean_processes(hf_dir, folder, checks, tolerance, why_not)
     card["checks"] = [vars(c) for c in checks]
     card["largest_difference"] = max(
         (v for c in checks if c.name == "logits" for v in c.detail.get("largest difference", {}).values()), default=None
@@ -153,12 +168,46 @@ def _check_reference(folder: HFFolder, reference: Path, check: Check) -> None:
     check.detail = dict(info.facts)
     if config.language != folder.config.language or config.parts != folder.config.parts:
         raise ConversionError(f"{reference} holds another model than the folder")
-    for name, tensor in folder.tensors():
+    entries = table(folder.config, folder.kind)
+    fp8 = {entry.ours for entry in entries if folder.files.fp8.keys() & {*entry.hf}}
+    if fp8:
+        check.detail["FP8 weights equal bitwise to the reference's, quantised again"] = _check_fp8(
+            folder, hf_tensors(tensors, entries, dtype=folder.dtype, state_dtype=folder.state_dtype), reference
+        )
+    whole = folder.tensors()
+    for name in [n for n in whole.specs if n not in fp8]:
+        tensor = whole.read(name)
         if name not in tensors.specs or raw_bytes(tensors.read(name).to(tensor.dtype)) != raw_bytes(tensor):
             raise ConversionError(f"{name} differs from {reference}")
 
 
-def _check_in_clean_processes(hf_dir: Path, folder: HFFolder, checks: list[Check], tolerance: float) -> None:
+def _check_fp8(folder: HFFolder, expected: Tensors, reference: Path) -> int:
+    """FP8 weights and scales are those that the reference's weights give, byte by byte; returns how many there are."""
+    for name, scale in folder.files.fp8.items():
+        values, scales = quantize(expected.read(name), folder.files.stored[scale].dtype)
+        for found, wanted in ((name, values), (scale, scales)):
+            if raw_bytes(folder.files.read_stored(found)) != raw_bytes(wanted):
+                raise ConversionError(f"{found} is not what {reference} gives in FP8")
+    return len(folder.files.fp8)
+
+
+def _why_no_logits(folder: HFFolder, parameters: int, asked: bool | None) -> str | None:
+    """Why logits are not to be compared; None where they are."""
+    if asked is not None:
+        return None if asked else "left out as asked for (--no-logits)"
+    # The float32 model, and beside it the tensors that go into it.
+    wanted = parameters * (4 + folder.dtype.itemsize) + PROCESS_BYTES
+    free = psutil.virtual_memory().available
+    if wanted <= free:
+        return None
+    why = f"they take about {wanted / 2**30:.0f} GiB of memory, {free / 2**30:.0f} GiB are free (--logits tries)"
+    log.warning("%s: logits are not compared: %s", folder.path, why)
+    return why
+
+
+def _check_in_clean_processes(
+    hf_dir: Path, folder: HFFolder, checks: list[Check], tolerance: float, why_not: str | None
+) -> None:
     scratch = Path(tempfile.gettempdir())
     with (
         explain_writes(scratch, "set TMPDIR to a folder that can be written"),
@@ -166,11 +215,13 @@ def _check_in_clean_processes(hf_dir: Path, folder: HFFolder, checks: list[Check
     ):
         work = Path(text)
         with _check("reload", checks) as reload:
-            run_clean("nemovl_train.convert.reload_check", hf_dir, work)
+            run_clean("nemovl_train.convert.reload_check", hf_dir, work, *(["keys"] if why_not else []))
             reports = read_json(work / "theirs.json")["reports"]
             reload.detail = {"classes": reports}
             _compare_keys(reports, expected_reports(folder))
-        if reload.ok:
+        if reload.ok and why_not:
+            checks.append(Check("logits", detail={"not compared": why_not}))
+        elif reload.ok:
             with _check("logits", checks) as logits:
                 run_clean("nemovl_train.convert.ours_check", hf_dir, work)
                 differences = _differences(work)
@@ -180,8 +231,14 @@ def _check_in_clean_processes(hf_dir: Path, folder: HFFolder, checks: list[Check
                     raise ConversionError(f"differences above {tolerance}: {too_large}")
 
 
-def run_clean(module: str, hf_dir: Path, work: Path) -> None:
+def run_clean(module: str, hf_dir: Path, work: Path, *words: str) -> None:
     """Run one of our modules in a new process with a minimal environment and no network.
+
+    Args:
+        module: Its name.
+        hf_dir: Folder that it looks at.
+        work: Folder for its results.
+        words: Further arguments.
 
     Raises:
         ConversionError: It failed; the end of its error output is in the message.
@@ -197,7 +254,7 @@ def run_clean(module: str, hf_dir: Path, work: Path) -> None:
         "TRANSFORMERS_VERBOSITY": "error",
     }
     # -P: the working folder is not on the module path, so no file there can pose as a module.
-    command = [sys.executable, "-P", "-m", module, str(hf_dir.resolve()), str(work)]
+    command = [sys.executable, "-P", "-m", module, str(hf_dir.resolve()), str(work), *words]
     done = subprocess.run(
         command, env=environment, cwd=work, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
     )

@@ -102,7 +102,7 @@ class Adapter(nn.Module):
     def merged(self, weight: Tensor) -> Tensor:
         """W + alpha / rank * B A in float32, for a whole (not tensor parallel) layer."""
         assert self.groups.tp.size() == 1, "adapters are merged in one process"
-        return weight.float() + self.scale * (self.lora_b.float() @ self.lora_a.float())
+        return merged_weight(weight, self.lora_a, self.lora_b, self.scale)
 
     def sharded_state_dict(self, prefix: str) -> dict[str, Any]:
         """Both matrices for a distributed checkpoint, each under its parameter name.
@@ -123,6 +123,18 @@ class Adapter(nn.Module):
             names = [f"part{number}" for number in range(len(parts))]
             state[f"{prefix}lora_b"] = _split_tensor_factory(state[f"{prefix}lora_b"], parts, names, 0)
         return state
+
+
+def merged_weight(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
+    """W + scale * B A in float32.
+
+    Args:
+        weight: [O, I].
+        lora_a: [R, I].
+        lora_b: [O, R].
+        scale: Alpha over rank.
+    """
+    return weight.float() + scale * (lora_b.float() @ lora_a.float())
 
 
 def attach(linear: Any, pair: Adapter) -> None:

@@ -75,6 +75,8 @@ class DeepSpeedEngine:
             config=_deepspeed_config(config, layout, model),
         )
         self.zero = self.engine.optimizer
+        if _accumulates_on_gpu(config.engine):
+            _move_gradients(self.zero, layout.device)
         self.state = ZeroState(self.zero, self.stage, names, layout)
         self._gather_head_with_its_model()
         self._reject = False
@@ -262,7 +264,7 @@ def _deepspeed_config(config: RunConfig, layout: Layout, model: nn.Module) -> di
 
 
 def _zero_config(engine: EngineConfig, device: torch.device, bucket: int) -> dict[str, Any]:
-    host = {"device": "cpu", "pin_memory": device.type == "cuda"}
+    cuda = device.type == "cuda"
     options: dict[str, Any] = {
         "stage": engine.zero_stage,
         "overlap_comm": False,
@@ -272,10 +274,32 @@ def _zero_config(engine: EngineConfig, device: torch.device, bucket: int) -> dic
         "stage3_param_persistence_threshold": PERSISTENT_ELEMENTS,
     }
     if engine.offload_optimizer:
-        options["offload_optimizer"] = dict(host)
+        # Pinned by `_move_gradients` where that comes after.
+        options["offload_optimizer"] = {"device": "cpu", "pin_memory": cuda and not _accumulates_on_gpu(engine)}
     if engine.offload_params:
-        options["offload_param"] = dict(host)
+        options["offload_param"] = {"device": "cpu", "pin_memory": cuda}
     return options
+
+
+def _accumulates_on_gpu(engine: EngineConfig) -> bool:
+    """With stage 3, and weights on the GPU, gradients add up there too: host memory is what is short then."""
+    return engine.zero_stage == 3 and engine.offload_optimizer and not engine.offload_params
+
+
+def _move_gradients(zero: Any, device: torch.device) -> None:
+    """Have DeepSpeed add gradients up on the GPU; each goes to the host once a step, in the form that AdamW takes.
+
+    Its own sums lie in host memory that nobody has written to yet, so that no page of it was ever taken. Pinned, they
+    would have been, and rounded up to a power of two.
+    """
+    sums = torch.zeros_like(zero.grad_partitions_flat_buffer, device=device)
+    places = zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
+    for number, place in places.items():
+        places[number] = sums.narrow(0, place.storage_offset(), place.numel())
+    zero.grad_partitions_flat_buffer = sums
+    if device.type == "cuda":
+        for flat in zero.fp32_partitioned_groups_flat:
+            flat.grad = flat.grad.pin_memory()
 
 
 def _import_deepspeed(device: torch.device) -> Any:

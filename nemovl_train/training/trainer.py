@@ -123,7 +123,8 @@ class Trainer:
         if resumed_from is None:
             self._load_initial_weights()
         elif config.adapter.rank:
-            load_base(resumed_from.folder, self.model)
+            assert config.trainer.init_from is not None
+            load_base(resumed_from.folder, self.model, Path(config.trainer.init_from))
         add_adapters(self.model, config.adapter, layout, seed=config.trainer.seed)
         self.model.freeze(train=config.trainer.train)
         # Opened after the initial weights: it copies its fp32 master weights from them.
@@ -273,7 +274,7 @@ class Trainer:
             raise CheckpointError(
                 f"{error}; remove {folder} and start what made it again: it continues from the checkpoint before"
             ) from error
-        self.state.parent = str(folder)
+        self.state.parent = str(folder.absolute())
         self.state.parent_seal = on_first_rank(lambda: sealed.seal_of(folder))
 
     def _restore(self, found: sealed.Verified) -> None:

@@ -7,20 +7,29 @@ from dataclasses import replace
 import pytest
 import tiny_runs
 import torch
+from safetensors.torch import load_file, save_file
 
 from nemovl_train.checkpoint import sealed
-from nemovl_train.checkpoint.base import base_of
+from nemovl_train.checkpoint.base import base_of, parent_of, refuse_adapters
+from nemovl_train.checkpoint.streamed import StoredTensors
 from nemovl_train.config.schema import AdapterConfig, AdapterTargets
-from nemovl_train.convert import adapters as converting
+from nemovl_train.convert import merging
 from nemovl_train.convert.adapters import export_adapters, export_merged, merge_checkpoint
-from nemovl_train.convert.checkpoints import export_checkpoint, find_checkpoint, single_process_model
+from nemovl_train.convert.checkpoints import (
+    export_checkpoint,
+    find_checkpoint,
+    import_checkpoint,
+    single_process_model,
+)
 from nemovl_train.convert.ours_check import compute
 from nemovl_train.convert.probe import make_probe
 from nemovl_train.convert.verify import verify
-from nemovl_train.exceptions import ConversionError
+from nemovl_train.exceptions import CheckpointError, ConversionError
 from nemovl_train.model.lora import Adapter
 from nemovl_train.training import trainer
 from nemovl_train.training.folder import StageFolder
+
+from .test_streaming import Watched
 
 
 @pytest.fixture(scope="module")
@@ -28,13 +37,14 @@ def data(tmp_path_factory):
     return tiny_runs.write_data(tmp_path_factory.mktemp("data"))
 
 
-def adapted_run(data, root, targets, *, params="fp32", parts=("vision", "projector", "language"), train=()):
+def adapted_run(data, root, targets, *, params="fp32", parts=("vision", "projector", "language"), train=(), base=None):
     """The folder of a run with adapters whose second halves have moved far, on a base of one step."""
     config = tiny_runs.run_config(data, root, sources=("text",), steps=1, train=parts)
     precision = replace(config.precision, params=params)
     config = replace(config, precision=precision, model=replace(config.model, parts=parts))
-    trainer.run(config)
-    trained = replace(config.trainer, init_from=str(StageFolder.of(config).path), train=train, steps=3)
+    if base is None:
+        trainer.run(config)
+    trained = replace(config.trainer, init_from=str(base or StageFolder.of(config).path), train=train, steps=3)
     if "vision" in parts:
         pictures = tiny_runs.run_config(data, root, sources=("pictures",)).data
         config = replace(config, data=pictures)
@@ -68,7 +78,7 @@ def outputs(folder, config, *, base=None):
             with single_process_model(config.model, torch.float32) as model:
                 sealed.load(find_checkpoint(folder), model=model)
                 return compute(model.eval(), config.model, make_probe(config.model))
-        with converting._adapted_model(folder, config, torch.float32, base) as model:
+        with merging.adapted_model(folder, config, torch.float32, base) as model:
             return compute(model, config.model, make_probe(config.model))
 
 
@@ -81,14 +91,30 @@ def test_merged_weights_give_the_adapters_logits(whole, tmp_path):
     for name in ("text_logits", "mixed_logits"):
         assert (merged[name] - with_adapters[name]).abs().max() <= 1e-5 * with_adapters[name].abs().max()
         assert (merged[name] - base[name]).abs().max() > 0.05, "the adapters do nothing: the comparison shows nothing"
-    assert made["largest_difference"] <= 1e-5 * made["largest_logit"]
+    assert made["largest_difference"] <= 1e-5
+    assert made["layers"] == 4 + 2 + 3 * 2  # a tower block, the projector, M*-
+    state = json.loads((find_checkpoint(tmp_path / "merged") / "state.json").read_text())
+    assert state["facts"]["merged"] == {key: made[key] for key in ("layers", "largest_difference")}
 
 
 def test_a_wrong_merge_is_refused(whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(Adapter, "merged", lambda self, weight: weight.float() + self.lora_b @ self.lora_a)  # no scale
-    with pytest.raises(ConversionError, match="other logits than the adapters"):
+    monkeypatch.setattr(merging, "merged_weight", lambda weight, a, b, scale: weight.float() + b @ a)  # no scale
+    with pytest.raises(ConversionError, match="something else than the adapter"):
         merge_checkpoint(whole[0], tmp_path / "merged")
     assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(Adapter, "merged", lambda self, weight: weight.float() + self.lora_b @ self.lora_a)
+    with pytest.raises(ConversionError, match="other logits than the adapters"):
+        export_merged(whole[0], tmp_path / "hf", logits=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_merge_never_holds_the_model(whole, tmp_path, monkeypatch):
+    reading = Watched(monkeypatch, StoredTensors)
+    merge_checkpoint(whole[0], tmp_path / "merged")
+    sizes = [spec.nbytes for spec in StoredTensors(find_checkpoint(tmp_path / "merged")).specs.values()]
+    assert reading.total >= sum(sizes)
+    # A layer's pieces and their pair, beside the one before.
+    assert reading.peak <= 1.5 * max(sizes) < sum(sizes) / 2
 
 
 @pytest.mark.slow
@@ -119,7 +145,68 @@ def test_a_moved_base_is_named(whole, tmp_path):
     with pytest.raises(ConversionError, match="not at"):
         merge_checkpoint(run / "adapters", tmp_path / "none", base=base / "checkpoints/step_00000001")
     made = merge_checkpoint(run / "adapters", tmp_path / "out", base=run / "elsewhere/checkpoints/step_00000001")
-    assert made["largest_difference"] <= 1e-5 * made["largest_logit"]
+    assert made["largest_difference"] <= 1e-5
+
+
+def test_a_run_that_was_moved_as_a_whole_finds_its_base(whole, tmp_path):
+    folder, _ = whole
+    shutil.copytree(folder.parent, tmp_path / "run")
+    moved = tmp_path / "run/adapters"
+    state = find_checkpoint(moved) / "state.json"
+    found = parent_of(state.parent)
+    assert found is not None
+    raw = json.loads(state.read_text())
+    raw["parent"] = raw["parent"].replace(str(folder.parent), "/gone")
+    state.write_text(json.dumps(raw))
+    assert parent_of(state.parent) == tmp_path / "run/train/checkpoints" / found.name
+    marker = tmp_path / "run/train/checkpoints" / found.name / "COMPLETE"
+    marker.write_text("another seal")
+    assert parent_of(state.parent) is None
+
+
+def test_a_copied_checkpoint_of_adapters_is_no_whole_model(whole, tmp_path):
+    copied = shutil.copytree(find_checkpoint(whole[0]), tmp_path / "copied/checkpoints/step_00000003")
+    with pytest.raises(ConversionError, match="holds adapters alone"):
+        export_checkpoint(copied, tmp_path / "out")
+    with pytest.raises(ConversionError, match="moved out of its stage"):
+        merge_checkpoint(copied, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="nemovl convert merge"):
+        refuse_adapters(copied)
+
+
+@pytest.mark.slow
+def test_what_the_import_behind_the_base_carried_is_kept(data, tmp_path):
+    """Constants, documents, Python files, the name: also where the base is named because it was moved."""
+    config = tiny_runs.run_config(data, tmp_path, sources=("text",), steps=1)
+    trainer.run(config)
+    hf = export_checkpoint(StageFolder.of(config).path, tmp_path / "hf")
+    (hf / "nemovl_export.json").unlink()
+    (hf / "modeling.py").write_text("raise SystemExit\n")
+    document = json.loads((hf / "config.json").read_text())
+    (hf / "config.json").write_text(json.dumps(document | {"our_engine_wants": 3, "use_thumbnail": False}))
+    weights = load_file(hf / "model.safetensors")
+    weights["vision_model.radio_model.input_conditioner.norm_mean"] += 0.001
+    save_file(weights, hf / "model.safetensors", metadata={"format": "pt"})
+    import_checkpoint(hf, tmp_path / "imported")
+    folder, _ = adapted_run(data, tmp_path / "runs", AdapterTargets(language=("in_proj",)), base=tmp_path / "imported")
+    (tmp_path / "imported").rename(tmp_path / "moved")
+    base = find_checkpoint(tmp_path / "moved")
+    with pytest.raises(ConversionError, match="not at"):
+        export_merged(folder, tmp_path / "none")
+    at_once = export_merged(folder, tmp_path / "at_once", base=base)
+    merge_checkpoint(folder, tmp_path / "merged", base=base)
+    shutil.rmtree(tmp_path / "moved")
+    for out in (at_once, export_checkpoint(tmp_path / "merged", tmp_path / "after")):
+        written = json.loads((out / "config.json").read_text())
+        assert written["our_engine_wants"] == 3
+        assert (out / "modeling.py").read_bytes() == (hf / "modeling.py").read_bytes()
+        name = "vision_model.radio_model.input_conditioner.norm_mean"
+        assert torch.equal(load_file(out / "model.safetensors")[name], weights[name])
+        assert '"rank": 4' in (out / "README.md").read_text()
+    same = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("at_once", "after")]
+    assert same[0] == same[1]
+    state = json.loads((find_checkpoint(tmp_path / "merged") / "state.json").read_text())
+    assert state["source"] == "hf"
 
 
 def test_what_has_no_adapters_or_no_whole_model_says_so(whole, tmp_path):
@@ -132,8 +219,9 @@ def test_what_has_no_adapters_or_no_whole_model_says_so(whole, tmp_path):
 
 def test_a_bf16_run_is_merged_in_float32(data, tmp_path):
     folder, _ = adapted_run(data, tmp_path, AdapterTargets(language=("*",)), params="bf16")
-    made = merge_checkpoint(folder, tmp_path / "merged")
-    assert made["largest_difference"] <= 1e-5 * made["largest_logit"]
+    made = merge_checkpoint(folder, tmp_path / "merged", logits=True)
+    assert made["largest_difference"] <= 1e-5
+    assert made["largest_logit_difference"] <= 1e-5 * made["largest_logit"]
     state = json.loads((find_checkpoint(tmp_path / "merged") / "state.json").read_text())
     assert state["dtype"] == "bfloat16"
     export_checkpoint(tmp_path / "merged", tmp_path / "hf")

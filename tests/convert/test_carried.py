@@ -108,13 +108,18 @@ def test_what_training_changed_wins(foreign: Path, tmp_path: Path) -> None:
         state={"parent": str(parent), "step": 5},
         run_id="run/sft",
     )
+    scores = {"loss": 1.23456, "exact_match": 0.5, "samples": 4}
+    (stage / "evaluation.json").write_text(json.dumps({"step": 5, "sources": {"digits": scores}}))
     out = export_checkpoint(stage, tmp_path / "out", tokenizer=tmp_path / "ours" / "tokenizer")
+    assert '{"digits": {"exact_match": 0.5, "loss": 1.2346}}' in (out / "README.md").read_text()
     document = read_json(out / "config.json")
     assert document["llm_config"]["max_position_embeddings"] == 4096
     assert (document["template"], document["llm_config"]["our_engine_wants"]) == ("chat", 3)
     assert (out / "modeling.py").read_bytes() == (foreign / "modeling.py").read_bytes()
     shutil.rmtree(parent.parent.parent)
+    (stage / "evaluation.json").write_text(json.dumps({"step": 4, "sources": {"digits": scores}}))
     again = export_checkpoint(stage, tmp_path / "again", tokenizer=foreign)
+    assert "digits" not in (again / "README.md").read_text()  # of another step
     assert not (again / "modeling.py").exists()
 
 

@@ -24,6 +24,8 @@ LANGUAGE_RENAMES = [(r"^backbone", "model"), (r"A_log", "A"), (r"embeddings", "e
 STACKED = re.compile(r"\.([qkv])_proj\.")
 # radio.py: names below `radio_model.`; the qkv of a block stays one matrix.
 TOWER_RENAMES = [(r"^model\.patch_generator\.", "patch_generator."), (r"^model\.blocks\.", "encoder.layers.")]
+# Modules that are some kind of vLLM's LinearBase; a convolution of Mamba is one, the head is none.
+LINEAR_MODULES = re.compile(r"_proj$|conv1d$|attn\.(qkv|proj)$|mlp\.fc[12]$|mlp1\.[13]$")
 
 
 def route(name: str) -> tuple[str, str, str]:
@@ -110,6 +112,23 @@ def parameters(folder: Path) -> dict[tuple[str, str], tuple[int, ...]]:
     }
     for n in range(vision["num_hidden_layers"]):
         out |= {("vision_model", f"encoder.layers.{n}.{leaf}"): shape for leaf, shape in block.items()}
+    return out | scales(document.get("quantization_config"), out)
+
+
+def scales(
+    scheme: dict | None, plain: dict[tuple[str, str], tuple[int, ...]]
+) -> dict[tuple[str, str], tuple[int, int]]:
+    """What `quantization/compressed_tensors` adds for one scale a row: to every linear module that is not ignored."""
+    if scheme is None:
+        return {}
+    (group,) = scheme["config_groups"].values()
+    assert (group["targets"], group["weights"]["strategy"]) == (["Linear"], "channel")
+    ignored = [re.compile(text.removeprefix("re:")) for text in scheme["ignore"]]
+    out = {}
+    for (module, parameter), shape in plain.items():
+        name = f"{module}.{parameter.removesuffix('.weight')}"
+        if LINEAR_MODULES.search(name) and parameter.endswith(".weight") and not any(p.match(name) for p in ignored):
+            out[module, f"{parameter}_scale"] = (shape[0], 1)
     return out
 
 
@@ -141,6 +160,16 @@ def test_vllm_loads_every_tensor_into_every_parameter(prefix_tokens: int, tmp_pa
     config = replace(CONFIG, vision=replace(CONFIG.vision, prefix_tokens=prefix_tokens))
     out = export_canonical(random_tensors(config), config, tmp_path / "x", kind="vlm", tokenizer=None, card={})
     assert load(out, load_file(out / SINGLE)) == []
+
+
+def test_vllm_loads_fp8_weights_with_their_scales(tmp_path: Path) -> None:
+    out = export_canonical(random_tensors(), CONFIG, tmp_path / "x", kind="vlm", tokenizer=None, card={}, fp8=True)
+    tensors = load_file(out / SINGLE)
+    assert load(out, tensors) == []
+    assert sum(parameter.endswith("_scale") for _, parameter in parameters(out)) == 3 * 2 + 3 * 2 + 2
+    for name in ("k_proj", "o_proj"):
+        del tensors[f"language_model.backbone.layers.3.mixer.{name}.weight_scale"]
+    assert len(load(out, tensors)) == 2
 
 
 @pytest.mark.parametrize(

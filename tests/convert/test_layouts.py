@@ -16,13 +16,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nemovl_train.config.schema import ModelConfig
 from nemovl_train.convert.checkpoints import export_checkpoint, import_checkpoint
 from nemovl_train.convert.hf_export import MANIFEST, export_canonical
 from nemovl_train.convert.tensor_files import SINGLE
 
+from .test_predecessor import LLAMA
 from .tiny import CONFIG, random_tensors
-from .tp_ranks import LAYOUTS
 
+LAYOUTS = ((1, 1), (2, 1), (4, 1), (2, 2))
 # Everything that four ranks share divides by four.
 WIDE = replace(
     CONFIG,
@@ -46,28 +48,36 @@ def counting(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {n: t.to(tensors[n].dtype) for n, t in out.items()}
 
 
-@pytest.fixture(scope="module")
-def marked(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Path:
-    out = tmp_path_factory.mktemp("marked") / "hf"
-    export_canonical(random_tensors(WIDE), WIDE, out, kind="vlm", tokenizer=tokenizer_dir, card={})
+def marked_folder(config: ModelConfig, out: Path, tokenizer_dir: Path) -> Path:
+    export_canonical(random_tensors(config), config, out, kind="vlm", tokenizer=tokenizer_dir, card={})
     (out / MANIFEST).unlink()
     save_file(counting(load_file(out / SINGLE)), out / SINGLE, metadata={"format": "pt"})
     return out
 
 
 @pytest.fixture(scope="module")
-def layouts(marked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("layouts")
+def marked(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Path:
+    return marked_folder(WIDE, tmp_path_factory.mktemp("marked") / "hf", tokenizer_dir)
+
+
+def through_layouts(hf: Path, root: Path, layouts: tuple[tuple[int, int], ...]) -> Path:
+    """Import a folder, and have each layout load it and save it again."""
     kept = {n: os.environ.pop(n) for n in ("RANK", "WORLD_SIZE") if n in os.environ}
-    checkpoint = import_checkpoint(marked, root / "imported")
+    checkpoint = import_checkpoint(hf, root / "imported")
     os.environ.update(kept)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.convert.tp_ranks", str(checkpoint), str(root)]
+    names = [f"{tp},{dp}" for tp, dp in layouts]
+    command = [sys.executable, "-m", "tests.convert.tp_ranks", str(checkpoint), str(root), *names]
     done = subprocess.run(
         command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return root
+
+
+@pytest.fixture(scope="module")
+def layouts(marked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return through_layouts(marked, tmp_path_factory.mktemp("layouts"), LAYOUTS)
 
 
 def columns(tensor: Tensor, rank: int, tp: int) -> Tensor:
@@ -151,3 +161,30 @@ def test_a_checkpoint_of_any_layout_is_exported_bitwise(
     for name, tensor in original.items():
         assert back[name].dtype == tensor.dtype, name
         assert torch.equal(back[name], tensor), name
+
+
+def test_the_predecessor_in_layouts(tmp_path: Path, tokenizer_dir: Path) -> None:
+    """Gate and up of a SwiGLU are split one by one, biases of the projector are whole, and the way back is bitwise."""
+    sizes = {"num_attention_heads": 8, "num_query_groups": 4, "head_dim": 4}
+    config = replace(LLAMA, language=replace(LLAMA.language, **sizes))
+    hf = load_file(marked_folder(config, tmp_path / "hf", tokenizer_dir) / SINGLE)
+    root = through_layouts(tmp_path / "hf", tmp_path, ((2, 1), (4, 1)))
+    prefix, ours = "language_model.model.layers.1.", "language_model.decoder.layers."
+    for tp in (2, 4):
+        for rank in range(tp):
+            held = load_file(root / f"tp{tp}_dp1" / f"rank{rank}.safetensors")
+            gate, up = (columns(hf[f"{prefix}mlp.{name}_proj.weight"], rank, tp) for name in ("gate", "up"))
+            assert torch.equal(held[f"{ours}3.mlp.linear_fc1.weight"], torch.cat([gate, up]))
+            assert torch.equal(
+                held[f"{ours}3.mlp.linear_fc2.weight"], rows(hf[f"{prefix}mlp.down_proj.weight"], rank, tp)
+            )
+            q, k, v = (hf[f"{prefix}self_attn.{letter}_proj.weight"].split(4) for letter in "qkv")
+            blocks = [
+                b for g in range(rank * 4 // tp, (rank + 1) * 4 // tp) for b in (q[2 * g], q[2 * g + 1], k[g], v[g])
+            ]
+            assert torch.equal(held[f"{ours}2.self_attention.linear_qkv.weight"], torch.cat(blocks))
+            assert torch.equal(held["projector.linear_fc1.bias"], hf["mlp1.1.bias"])
+        out = export_checkpoint(root / f"tp{tp}_dp1", tmp_path / f"out{tp}", tokenizer=tokenizer_dir)
+        back = load_file(out / SINGLE)
+        assert back.keys() == hf.keys()
+        assert all(torch.equal(back[name], tensor) for name, tensor in hf.items())

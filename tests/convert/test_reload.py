@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from nemovl_train.convert.hf_import import HFFolder
-from nemovl_train.convert.reload_check import main
-from nemovl_train.convert.tensor_files import read_json
+from nemovl_train.convert.lazy import Spec
+from nemovl_train.convert.reload_check import OPTIONS, main
+from nemovl_train.convert.tensor_files import TensorFolder, read_json
 from nemovl_train.convert.verify import expected_reports
 
 from .tiny import CONFIG, random_tensors
@@ -15,13 +17,15 @@ from .tiny import CONFIG, random_tensors
 transformers = pytest.importorskip("transformers")
 
 
+@pytest.mark.parametrize("values", [True, False])
 @pytest.mark.parametrize("kind", ["vlm", "language", "vision"])
 def test_no_key_is_missing_or_unexpected_but_the_known(
-    kind: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, values: bool, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Audit hooks outlive a test, so this run does without; `verify` runs with it, in a process of its own.
     monkeypatch.setattr("nemovl_train.convert.reload_check.refuse_code_from", lambda _: None)
-    main(folders[kind], tmp_path)
+    main(folders[kind], tmp_path, values=values)
+    assert bool(load_file(tmp_path / "theirs.safetensors")) == values
     reports = read_json(tmp_path / "theirs.json")["reports"]
     for part, wanted in expected_reports(HFFolder(folders[kind])).items():
         assert reports[part] == {"mismatched_keys": [], "error_msgs": [], **wanted}
@@ -34,6 +38,30 @@ def test_no_key_is_missing_or_unexpected_but_the_known(
             "vision_model.input_conditioner.norm_mean",
             "vision_model.input_conditioner.norm_std",
         ]
+
+
+def test_without_values_a_wrong_name_or_shape_is_seen(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nemovl_train.convert.reload_check.refuse_code_from", lambda _: None)
+    original = TensorFolder.__init__
+
+    def other(self: TensorFolder, *args, **kwargs) -> None:
+        original(self, *args, **kwargs)
+        self.specs["backbone.layers.1.mixer.up_projection.weight"] = self.specs.pop(
+            "backbone.layers.1.mixer.up_proj.weight"
+        )
+        self.specs["backbone.norm_f.weight"] = Spec((7,), torch.float32)
+
+    monkeypatch.setattr(TensorFolder, "__init__", other)
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        main(folders["language"], tmp_path, values=False)
+    monkeypatch.setitem(OPTIONS, "ignore_mismatched_sizes", True)
+    main(folders["language"], tmp_path, values=False)
+    report = read_json(tmp_path / "theirs.json")["reports"]["language"]
+    assert report["missing_keys"] == ["model.layers.1.mixer.up_proj.weight"]
+    assert report["unexpected_keys"] == ["model.layers.1.mixer.up_projection.weight"]
+    assert "norm_f" in report["mismatched_keys"][0]
 
 
 def test_auto_classes_open_the_parts(folders: dict[str, Path]) -> None:

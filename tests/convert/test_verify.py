@@ -6,12 +6,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from nemovl_train.convert import verify as verifying
 from nemovl_train.convert.hf_import import HFFolder
 from nemovl_train.convert.verify import Check, _check_reference, verify
+from nemovl_train.convert.verify import run_clean as clean
 
 from .tiny import CONFIG
 
@@ -30,6 +33,36 @@ def test_exported_vlm_passes(folders: dict[str, Path], tmp_path: Path) -> None:
     assert card["largest_difference"] <= 1e-4
     assert json.loads((tmp_path / "x" / "verification.json").read_text()) == card
     assert "passed" in (tmp_path / "x" / "verification.md").read_text()
+
+
+def test_logits_are_compared_where_there_is_room_or_where_asked(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = HFFolder(folders["language"])
+    room = 10**9 * (4 + 4) + verifying.PROCESS_BYTES
+    for free, fits in ((room - 1, False), (room, True)):
+        monkeypatch.setattr(verifying.psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
+        assert (verifying._why_no_logits(folder, 10**9, None) is None) == fits
+        assert verifying._why_no_logits(folder, 10**9, True) is None
+        assert "--no-logits" in verifying._why_no_logits(folder, 10**9, False)
+
+
+@pytest.mark.slow
+def test_a_model_that_memory_cannot_hold_is_verified_without_logits(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(folders["language"], tmp_path / "x")
+    ran = []
+    monkeypatch.setattr(verifying.psutil, "virtual_memory", lambda: SimpleNamespace(available=2**20))
+    monkeypatch.setattr(verifying, "run_clean", lambda *args: (ran.append(args), clean(*args)))
+    card = verify(tmp_path / "x")
+    assert card["ok"], card["checks"]
+    checks = {check["name"]: check["detail"] for check in card["checks"]}
+    assert card["largest_difference"] is None
+    assert "GiB are free" in checks["logits"]["not compared"]
+    assert "not compared" in (tmp_path / "x/verification.md").read_text()
+    assert checks["reload"]["classes"]["language"]["missing_keys"] == []
+    assert [args[0] for args in ran] == ["nemovl_train.convert.reload_check"]
 
 
 def test_damaged_folder_fails_before_any_model_runs(folders: dict[str, Path], tmp_path: Path) -> None:

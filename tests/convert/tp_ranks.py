@@ -1,7 +1,7 @@
 """Loads a checkpoint in several layouts, writes down what each rank holds, and saves it again from that layout.
 
-`python -m tests.convert.tp_ranks CHECKPOINT OUT`: OUT/tpT_dpD/rankR.safetensors and OUT/tpT_dpD/checkpoints. Ranks are
-forked, so that megatron-core is imported once for all of them.
+`python -m tests.convert.tp_ranks CHECKPOINT OUT T,D ...`: OUT/tpT_dpD/rankR.safetensors and OUT/tpT_dpD/checkpoints.
+Ranks are forked, so that megatron-core is imported once for all of them.
 """
 
 import os
@@ -19,11 +19,9 @@ from nemovl_train.convert.tensor_files import read_json
 from nemovl_train.model.vlm import build_model
 from nemovl_train.parallel.layout import Layout
 
-LAYOUTS = ((1, 1), (2, 1), (4, 1), (2, 2))
 
-
-def main(checkpoint: Path, out: Path) -> None:
-    for tp, dp in LAYOUTS:
+def main(checkpoint: Path, out: Path, layouts: list[str]) -> None:
+    for tp, dp in [tuple(map(int, text.split(","))) for text in layouts]:
         with socket.socket() as found:
             found.bind(("127.0.0.1", 0))
             port = found.getsockname()[1]
@@ -67,4 +65,4 @@ def _rank(checkpoint: Path, out: Path, tp: int, rank: int, size: int, port: int)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

@@ -308,7 +308,8 @@ def test_adapters_by_hand():
     assert plan.memory.gradients == 16 * widths / grid.tp * 4
     assert plan.memory.optimizer == 16 * widths / grid.tp * 12
     assert plan.checkpoint_bytes == 16 * widths * (2 + 12)
-    full = make_plan(compose_run("finetune/full", ["cluster=h100_x4"]))
+    kept = ["recompute.language=none", "recompute.vision=none"]
+    full = make_plan(compose_run("finetune/full", ["cluster=h100_x4", *kept]))
     # Layers keep what their adapters read, and their products have no weight gradients.
     assert plan.memory.activations == full.memory.activations
     assert plan.time.matrices == pytest.approx(full.time.matrices * 2 / 3, rel=0.02)

@@ -1,4 +1,7 @@
-"""What the tests of DeepSpeed's engine share. An engine is named STAGE/DTYPE, and `/offload` where the host helps."""
+"""What the tests of DeepSpeed's engine share. An engine is named STAGE/DTYPE.
+
+`/offload` has the host keep what it can, `/optimizer` optimizer state alone.
+"""
 
 import importlib.util
 from dataclasses import replace
@@ -15,9 +18,11 @@ needs_deepspeed = pytest.mark.skipif(not INSTALLED, reason=WHY_NOT)
 
 def with_engine(config: RunConfig, form: str) -> RunConfig:
     stage, params, *options = form.split("/")
-    offload = "offload" in options
     engine = EngineConfig(
-        name="deepspeed", zero_stage=int(stage), offload_optimizer=offload, offload_params=offload and stage == "3"
+        name="deepspeed",
+        zero_stage=int(stage),
+        offload_optimizer=bool({"offload", "optimizer"} & {*options}),
+        offload_params="offload" in options and stage == "3",
     )
     trainer = replace(config.trainer, check_replicas_every=0)
     return replace(config, engine=engine, precision=PrecisionConfig(params=params, backend="torch"), trainer=trainer)

@@ -33,14 +33,13 @@ STEPS, PACKS = 20, 3
 def config_of(name: str, data: Path):
     """A run's config, with everything on or off that the name says."""
     first, dtype, *options = name.split("/")
-    offload = "offload" in options
     engine = EngineConfig()
     if first != "megatron":
         engine = EngineConfig(
             name="deepspeed",
             zero_stage=int(first),
-            offload_optimizer=offload,
-            offload_params=offload and first == "3",
+            offload_optimizer=bool({"offload", "optimizer"} & {*options}),
+            offload_params="offload" in options and first == "3",
         )
     return replace(
         tiny_runs.run_config(data, data, global_batch=2 * PACKS),

@@ -84,6 +84,21 @@ def test_stopped_and_resumed_it_is_the_same_run(data, base, whole, tmp_path, ste
     running.assert_same_end(config, second, *whole)
 
 
+def test_it_resumes_on_a_base_that_was_moved_and_is_named(data, base, whole, tmp_path):
+    moved = shutil.copytree(base[0], tmp_path / "base")
+    config = adapted(data, tmp_path, (moved, base[1]))
+    assert running.run(config, running.stop_at(2)).code == ExitCode.REQUEUE
+    moved.rename(tmp_path / "elsewhere")
+    config = replace(
+        config,
+        trainer=replace(config.trainer, init_from=str(tmp_path / "elsewhere")),
+        checkpoint=replace(config.checkpoint, accept_changes=("trainer.init_from",)),
+    )
+    second = running.run(config)
+    assert second.code == ExitCode.OK
+    assert all(torch.equal(tensor, whole[1].tensors[name]) for name, tensor in second.tensors.items())
+
+
 @pytest.mark.parametrize("what", ["gone", "another"])
 def test_it_does_not_resume_on_another_base(data, base, tmp_path, what):
     moved = tmp_path / "base"

@@ -29,8 +29,8 @@ from nemovl_train.training.folder import StageFolder
 pytestmark = [pytest.mark.slow, needs_deepspeed]
 
 ROOT = Path(__file__).parents[2]
-FORMS = ["1/fp32", "2/fp32", "3/fp32", "2/fp32/offload", "3/fp32/offload", "3/fp32/recompute"]
-MIXED = ["2/bf16", "3/bf16", "3/bf16/offload"]
+FORMS = ["1/fp32", "2/fp32", "3/fp32", "2/fp32/offload", "3/fp32/offload", "3/fp32/optimizer", "3/fp32/recompute"]
+MIXED = ["2/bf16", "3/bf16", "3/bf16/offload", "3/bf16/optimizer"]
 
 
 @pytest.fixture(autouse=True)

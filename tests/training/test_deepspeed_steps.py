@@ -48,7 +48,7 @@ def opened(layout):
 
 @needs_deepspeed
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["1/fp32", "2/bf16", "2/fp32/offload", "3/fp32", "3/bf16/offload"])
+@pytest.mark.parametrize("form", ["1/fp32", "2/bf16", "2/fp32/offload", "3/fp32", "3/bf16/offload", "3/bf16/optimizer"])
 @pytest.mark.parametrize("where", ["loss", "gradient", "float32 gradient"])
 def test_a_step_that_is_not_finite_changes_nothing(layout, data, opened, form, where):
     if where == "float32 gradient" and "bf16" not in form:
@@ -82,7 +82,7 @@ def test_a_step_that_is_not_finite_changes_nothing(layout, data, opened, form, w
 
 @needs_deepspeed
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["1/fp32", "2/bf16", "2/fp32/offload", "3/fp32", "3/bf16/offload"])
+@pytest.mark.parametrize("form", ["1/fp32", "2/bf16", "2/fp32/offload", "3/fp32", "3/bf16/offload", "3/bf16/optimizer"])
 @pytest.mark.parametrize("what", ["spike", "dropped"])
 def test_a_spike_or_a_dropped_step_changes_nothing(layout, data, opened, form, what):
     engine, other = opened(form, data), opened(form, data)
@@ -144,6 +144,23 @@ def test_looking_at_the_whole_model_leaves_training_as_it_was(layout, data, open
     results = [train_step(one, third, layout, lr=1e-3, divisor="global") for one in (engine, other)]
     assert results[0].loss == results[1].loss
     assert all_equal(everything(engine), everything(other))
+
+
+@needs_deepspeed
+@pytest.mark.slow
+def test_gradients_add_up_where_the_weights_are(layout, data, opened):
+    """Bit by bit what they are in host memory, in buffers of the engine's own."""
+    found, expected = (opened(form, data) for form in ("3/bf16/optimizer", "3/bf16/offload"))
+    for packs in steps_of(data, 2):
+        assert len(packs) > 1
+        results = [train_step(one, packs, layout, lr=1e-3, divisor="global") for one in (found, expected)]
+        assert (results[0].loss, results[0].grad_norm) == (results[1].loss, results[1].grad_norm)
+    assert all_equal(everything(found), everything(expected))
+    sums = found.zero.grad_partitions_flat_buffer
+    places = found.zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition.values()
+    assert {place.untyped_storage().data_ptr() for place in places} == {sums.untyped_storage().data_ptr()}
+    assert sum(place.numel() for place in places) == sums.numel()
+    assert sums.any()
 
 
 def test_a_missing_package_says_what_to_install(monkeypatch, layout):
