@@ -235,7 +235,8 @@ def comparisons(rows: list[dict[str, Any]]) -> list[str]:
         own = first.setdefault(row["case"], row)
         if own is not row:
             times = own["tokens_per_second_per_gpu"] / row["tokens_per_second_per_gpu"]
-            losses = f"first losses {own['loss_first']:.4f} and {row['loss_first']:.4f}"
+            losses = f"losses {own['loss_first']:.4f} -> {own['loss_last']:.4f} and "
+            losses += f"{row['loss_first']:.4f} -> {row['loss_last']:.4f}"
             lines.append(f"{row['case']}: {own['engine']} is {times:.2f} x {row['engine']}; {losses}")
     return lines
 
