@@ -2,6 +2,7 @@
 
     python benchmarks/layouts.py --processes 4 --out O.json               # GPUs, te in bf16, 12B widths, shallow
     python benchmarks/layouts.py --processes 4 --dtype fp32 --out O.json  # the same, kernels and torch in fp32
+    python benchmarks/layouts.py --processes 2 --dtype fp8 --out O.json   # linear layers in block-wise FP8
     python benchmarks/layouts.py --processes 2 --small --out O.json       # CPU, fp32, laptop widths
 
 Starts torchrun once for all layouts. Every layout sees the same global batches (8 new packs every step, images in some)
@@ -28,7 +29,11 @@ from pathlib import Path
 PACKS_PER_STEP = 8
 LEARNING_RATE = 1e-4
 STALL_SECONDS = 180
-BOUNDS = {"bf16": {"loss": 2e-3, "grad_norm": 3e-2}, "fp32": {"loss": 1e-4, "grad_norm": 1e-4}}
+BOUNDS = {
+    "bf16": {"loss": 2e-3, "grad_norm": 3e-2},
+    "fp32": {"loss": 1e-4, "grad_norm": 1e-4},
+    "fp8": {"loss": 5e-3, "grad_norm": 6e-2},
+}
 """In bf16 a weight moves by 0.4% of itself or not at all, so that sums in another order part ways step by step."""
 
 
@@ -38,7 +43,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--small", action="store_true", help="laptop widths, fp32")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--dtype", choices=("bf16", "fp32", "fp8"), default="bf16")
     parser.add_argument("--layouts", nargs="+", help="some layouts instead of all; the first is the reference")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
@@ -139,7 +144,7 @@ def train_one(name: str, args: argparse.Namespace) -> dict:
     import torch
     from gpu_packs import one_configuration_per_kernel, random_pack
 
-    from nemovl_train.config.schema import OptimConfig, ParallelConfig
+    from nemovl_train.config.schema import OptimConfig, ParallelConfig, PrecisionConfig
     from nemovl_train.model.vlm import build_model
     from nemovl_train.parallel.layout import Layout
     from nemovl_train.training.optimizer import Optimizers
@@ -162,7 +167,9 @@ def train_one(name: str, args: argparse.Namespace) -> dict:
     dtype = torch.float32 if plain else torch.bfloat16
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     backend = "torch" if plain else "te"
-    model = build_model(config, layout, params_dtype=dtype, backend=backend, draw_on=layout.device)
+    # Two blocks of a tower have no middle.
+    precision = PrecisionConfig(fp8="blockwise" if args.dtype == "fp8" and not plain else "none", bf16_blocks=0)
+    model = build_model(config, layout, params_dtype=dtype, backend=backend, precision=precision, draw_on=layout.device)
     model.freeze(train=config.parts)
     optim = OptimConfig(lr=LEARNING_RATE, weight_decay=0.01)
     optimizers = Optimizers(model, layout, optim, dtype)

@@ -1,10 +1,16 @@
-"""Output layer and cross entropy alone, ours against the plain form: memory beyond inputs and weight, time, error."""
+"""Output layer and cross entropy alone: memory beyond inputs and weight, time, error.
+
+`fused` is what training does, gradients made in forward; `remade` makes logits again in backward, for callers that do
+not know the losses' weights beforehand; `eager` is the plain form, and `stock` megatron-core's best: all logits, then
+Transformer Engine's cross entropy, which makes their gradient of a copy (CUDA only).
+"""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -46,14 +52,24 @@ def _measure(case: Any, layout: Any) -> dict[str, Any]:
     head = SimpleNamespace(sequence_parallel=False, tp_group=layout.language_groups.tp, weight=weight)
     weight.main_grad = torch.zeros(weight.shape, dtype=torch.float32, device=device)
 
-    def fused(positions: Tensor) -> Tensor:
+    def ours(positions: Tensor, *, known: bool) -> Tensor:
         weight.main_grad.zero_()
         chosen = torch.full_like(labels, IGNORE).index_copy(0, positions, labels[positions])
-        return token_loss(hidden, head, chosen, positions).sum() / len(positions)
+        share = torch.full(labels.shape, 1 / len(positions), device=device)
+        losses = token_loss(hidden, head, chosen, positions, gradient=share if known else None)
+        return (losses * share).sum()
+
+    fused, remade = partial(ours, known=True), partial(ours, known=False)
 
     def eager(positions: Tensor) -> Tensor:
-        logits = F.linear(hidden.squeeze(1)[positions], weight).float()
+        logits = F.linear(hidden.squeeze(1).index_select(0, positions), weight).float()
         return F.cross_entropy(logits, labels[positions])
+
+    def stock(positions: Tensor) -> Tensor:
+        from megatron.core.extensions.transformer_engine import te_parallel_cross_entropy
+
+        logits = F.linear(hidden.index_select(0, positions), weight)
+        return te_parallel_cross_entropy(logits, labels[positions][:, None], head.tp_group).mean()
 
     every = torch.arange(case.seq_length, device=device)
     some = every[:: round(1 / SHARE)]
@@ -61,8 +77,11 @@ def _measure(case: Any, layout: Any) -> dict[str, Any]:
     rows = {
         "fused": _measured(fused, every, hidden, weight, cuda, rounds),
         "fused_supervised": _measured(fused, some, hidden, weight, cuda, rounds),
+        "remade": _measured(remade, every, hidden, weight, cuda, rounds),
         "eager": _measured(eager, every, hidden, weight, cuda, rounds),
     }
+    if cuda:
+        rows["stock"] = _measured(stock, every, hidden, weight, cuda, rounds)
     row = {f"{name}_{key}": value for name, found in rows.items() for key, value in found.items()}
     row |= _errors(fused, eager, every[: min(2048, len(every))], hidden, weight)
     return row

@@ -6,6 +6,9 @@
     python benchmarks/train.py B1 --set recompute.language=selective steps=4 --out O.json
     python benchmarks/train.py unit_full --small --out O.json                       # CPU, laptop widths
 
+A case may list others beside itself: the same packs and initial weights in another layout or in a peer, which run after
+it and are compared with it. `--only ENGINE` runs those of one program.
+
 Cases of one command run one after the other in one group of processes and must ask for equally many. Weights and data
 are random, never zero. A step is zeroing gradients, all micro-batches, reduction, clipping and update, by the wall
 clock between device synchronisations; reported are medians. Tokens of padding do not count, neither do model FLOPs of
@@ -31,7 +34,6 @@ from ranks import rank_parser, start_ranks
 
 PEAK_FLOPS = 989e12
 STALL_SECONDS = 240
-SIGMA = 0.9
 
 
 def main() -> None:
@@ -40,15 +42,17 @@ def main() -> None:
     parser.add_argument("names", nargs="+", metavar="CASE")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="change the cases")
     parser.add_argument("--small", action="store_true", help="laptop widths, plain PyTorch in fp32")
+    parser.add_argument("--only", metavar="ENGINE", help="leave out other programs")
     parser.add_argument("--profile", type=Path, help="also write where a step of each case goes")
     parser.set_defaults(processes=None)
     args = parser.parse_args()
 
     # Of this checkout, installed or not.
     sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
-    from train_cases import load_case
+    from train_cases import load_cases
 
-    cases = [load_case(name, args.set) for name in args.names]
+    cases = [case for name in args.names for case in load_cases(name, args.set)]
+    cases = [case for case in cases if args.only in (None, case.engine)]
     if args.small:
         cases = [case.small() for case in cases]
     sizes = {case.gpus for case in cases}
@@ -57,8 +61,10 @@ def main() -> None:
     args.processes = args.processes or sizes.pop()
     if args.rank is None:
         start_ranks(args.processes)
-        for row in json.loads(args.out.read_text())["rows"]:
+        rows = json.loads(args.out.read_text())["rows"]
+        for row in rows:
             print(" ".join(f"{key}={_short(value)}" for key, value in row.items() if not isinstance(value, dict)))
+        print("\n".join(comparisons(rows)))
         return
     run_rank(cases, args)
 
@@ -90,7 +96,7 @@ def run_rank(cases: list, args: argparse.Namespace) -> None:
     for case in cases:
         faulthandler.dump_traceback_later(STALL_SECONDS, exit=True)
         began = time.perf_counter()
-        row: dict[str, Any] = {"case": case.case, "processes": args.processes}
+        row: dict[str, Any] = {"case": case.case, "engine": case.engine, "processes": args.processes}
         try:
             row |= measure_head(case) if case.kind == "head" else measure_training(case, args)
         except torch.OutOfMemoryError as error:
@@ -104,7 +110,7 @@ def run_rank(cases: list, args: argparse.Namespace) -> None:
         result["rows"].append(row | {"options": asdict(case)})
         if args.rank == 0:
             args.out.write_text(json.dumps(result, indent=1))
-            print(f"{case.case}: done in {row['wall_seconds']:.0f} s", flush=True)
+            print(f"{case.case} {case.engine}: done in {row['wall_seconds']:.0f} s", flush=True)
         gc.collect()
         if cuda:
             torch.cuda.empty_cache()
@@ -130,27 +136,13 @@ def measure_training(case: Any, args: argparse.Namespace) -> dict[str, Any]:
 def _train(case: Any, config: Any, layout: Any, args: argparse.Namespace) -> dict[str, Any]:
     """Ranks wait for each other in every step, so one rank's clock is every rank's."""
     import torch
-    from profile_step import profiled
 
-    from nemovl_train.model.adapters import add_adapters
     from nemovl_train.model.flops import training_flops
-    from nemovl_train.model.vlm import build_model
-    from nemovl_train.training.optimizer import Optimizers
+    from nemovl_train.training.profiling import profiled
     from nemovl_train.training.step import train_step
 
     cuda = layout.device.type == "cuda"
-    dtype = torch.float32 if args.small else torch.bfloat16
-    model = build_model(
-        config,
-        layout,
-        params_dtype=dtype,
-        backend="torch" if args.small else "te",
-        recompute=case.recompute,
-        draw_on=layout.device,
-    )
-    add_adapters(model, case.adapter, layout, seed=1234)
-    model.freeze(train=case.train)
-    optimizers = Optimizers(model, layout, case.optim, dtype)
+    optimizers = _engine(case, config, layout, small=args.small)
     packs = make_packs(case, config, layout.dp_rank)
     flops = [
         training_flops(
@@ -181,7 +173,8 @@ def _train(case: Any, config: Any, layout: Any, args: argparse.Namespace) -> dic
     for number in range(case.warm):
         step()
         if layout.rank == 0:
-            print(f"{case.case}: warm step {number} {seconds[-1]:.2f} s loss {losses[-1]:.4f}", flush=True)
+            said = f"warm step {number} {seconds[-1]:.2f} s loss {losses[-1]:.4f}"
+            print(f"{case.case} {case.engine}: {said}", flush=True)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     for _ in range(case.steps):
@@ -197,8 +190,55 @@ def _train(case: Any, config: Any, layout: Any, args: argparse.Namespace) -> dic
     else:
         row["mfu"] = None
     if args.profile:
-        row["profile"] = profiled(step, args.profile, title=case.case, write=layout.rank == 0)
+        row["profile"] = profiled(step, args.profile, title=f"{case.case} {case.engine}", write=layout.rank == 0)
     return row
+
+
+def _engine(case: Any, config: Any, layout: Any, *, small: bool) -> Any:
+    """The model of a case in its program, ready to train."""
+    import torch
+
+    from nemovl_train.model.adapters import add_adapters
+    from nemovl_train.model.vlm import build_model
+    from nemovl_train.training.optimizer import Optimizers
+
+    dtype = torch.float32 if small else torch.bfloat16
+    if case.engine == "stock":
+        from peer_stock import stock_engine
+
+        return stock_engine(case, config.language, layout, dtype, small=small)
+    model = build_model(
+        config,
+        layout,
+        params_dtype=dtype,
+        backend="torch" if small else "te",
+        recompute=case.recompute,
+        precision=case.precision,
+        draw_on=layout.device,
+    )
+    if case.engine == "transformers":
+        from peer_transformers import TransformersEngine
+
+        return TransformersEngine(model, config, layout, case, dtype)
+    assert (case.engine, case.form) == ("ours", "packed"), "engine is ours, stock or transformers; forms are for peers"
+    add_adapters(model, case.adapter, layout, seed=1234)
+    model.freeze(train=case.train)
+    return Optimizers(model, layout, case.optim, dtype)
+
+
+def comparisons(rows: list[dict[str, Any]]) -> list[str]:
+    """One line for each run beside a case's first: how many times its rate the first has, and whether losses agree."""
+    lines, first = [], {}
+    for row in rows:
+        if "tokens_per_second_per_gpu" not in row:
+            continue
+        own = first.setdefault(row["case"], row)
+        if own is not row:
+            times = own["tokens_per_second_per_gpu"] / row["tokens_per_second_per_gpu"]
+            losses = f"losses {own['loss_first']:.4f} -> {own['loss_last']:.4f} and "
+            losses += f"{row['loss_first']:.4f} -> {row['loss_last']:.4f}"
+            lines.append(f"{row['case']}: {own['engine']} is {times:.2f} x {row['engine']}; {losses}")
+    return lines
 
 
 def _rates(seconds: list[float], tokens: list[int], work: list[float], gpus: int) -> dict[str, Any]:
@@ -228,8 +268,9 @@ def make_packs(case: Any, config: Any, dp_rank: int) -> list:
         random = np.random.default_rng([dp_rank, number])
         lengths = [case.seq_length] if not case.mean_tokens else []
         while (left := case.seq_length - sum(lengths)) > 0:
-            drawn = random.lognormal(np.log(case.mean_tokens) - SIGMA**2 / 2, SIGMA)
-            lengths.append(min(left, max(int(drawn), 16)))
+            drawn = random.lognormal(np.log(case.mean_tokens) - case.sigma**2 / 2, case.sigma)
+            multiple = case.document_multiple
+            lengths.append(min(left, max(round(drawn / multiple) * multiple, multiple, 16)))
         tiles = tuple(int(length * case.visual / config.tokens_per_tile) for length in lengths)
         pack = random_pack(
             config, lengths=tuple(lengths), tiles=tiles, seq_length=case.seq_length, seed=1000 * dp_rank + number

@@ -15,6 +15,7 @@ from nemovl_train.config.schema import (
     ModelConfig,
     OptimConfig,
     ParallelConfig,
+    PrecisionConfig,
     ProjectorConfig,
     RecomputeConfig,
     TokenIds,
@@ -22,7 +23,20 @@ from nemovl_train.config.schema import (
 )
 
 FOLDER = Path(__file__).parent / "cases"
-SECTIONS = {"parallel": ParallelConfig, "recompute": RecomputeConfig, "optim": OptimConfig}
+HALF_WIDTH = {
+    "hidden_size": 2560,
+    "num_attention_heads": 20,
+    "num_query_groups": 4,
+    "ffn_hidden_size": 10240,
+    "mamba_num_heads": 64,
+}
+"""Of the stand-in that long sequences are tried on: half of every width of the 12B model, but for heads' own."""
+SECTIONS = {
+    "parallel": ParallelConfig,
+    "precision": PrecisionConfig,
+    "recompute": RecomputeConfig,
+    "optim": OptimConfig,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +52,15 @@ class Case:
         vision_layers: Blocks of the tower; 0 leaves tower and projector out.
         train: Parts that train.
         adapted: Layers of the language model that get adapters of rank 16, as `adapter.targets.language` names them.
+        engine: Program that trains: `ours`, or a peer, `stock` (megatron-core's own layers, `peer_stock.py`) or
+            `transformers` (its own class under FSDP2, `peer_transformers.py`).
+        form: What a peer makes of a pack: itself (`packed`), micro-batches of one document each (`alone`), or those in
+            rows as long as the pack (`padded`).
+        width: 1 for the 12B model's widths, 2 for half of them: the 2.4B stand-in of the long cases.
         seq_length: Tokens of a pack.
-        mean_tokens: Mean length of a document, lognormal with sigma 0.9, cut to fill the pack; 0 is one document.
+        mean_tokens: Mean length of a document, lognormal, cut to fill the pack; 0 is one document.
+        sigma: Of the lognormal; 0 makes all documents equally long.
+        document_multiple: Lengths are multiples of this, for peers that cut documents.
         visual: Share of the tokens that are visual.
         packs: Different packs of each data parallel rank, taken in turn.
         micro_batches: Packs of a step on each data parallel rank.
@@ -55,14 +76,20 @@ class Case:
     vision_layers: int = 0
     train: tuple[str, ...] = ("language",)
     adapted: tuple[str, ...] = ()
+    engine: str = "ours"
+    form: str = "packed"
+    width: int = 1
     seq_length: int = 16384
     mean_tokens: int = 3500
+    sigma: float = 0.9
+    document_multiple: int = 1
     visual: float = 0.0
     packs: int = 64
     micro_batches: int = 16
     warm: int = 3
     steps: int = 10
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-4, weight_decay=0.1, beta2=0.95))
 
@@ -72,7 +99,7 @@ class Case:
         return AdapterConfig(rank=16 if self.adapted else 0, targets=AdapterTargets(language=self.adapted))
 
     def small(self) -> Case:
-        """The same at laptop widths: layers, packs and steps are few, options stay. States are float32 on a CPU."""
+        """The same at laptop widths: layers, packs and steps are few, options stay. All is float32 on a CPU."""
         kinds = "".join(dict.fromkeys(self.hybrid_pattern))
         return replace(
             self,
@@ -80,11 +107,13 @@ class Case:
             vocab_size=272,
             vision_layers=min(self.vision_layers, 2),
             seq_length=256,
-            mean_tokens=min(self.mean_tokens, 60),
+            mean_tokens=min(self.mean_tokens, 64),
+            document_multiple=min(self.document_multiple, 16),
             packs=2,
             micro_batches=2,
             warm=1,
             steps=2,
+            precision=replace(self.precision, fp8="none"),
             optim=replace(self.optim, states="fp32"),
             recompute=replace(self.recompute, language_layers=None if self.recompute.language_layers is None else 1),
         )
@@ -93,7 +122,7 @@ class Case:
         """Sizes: the 12B model's widths, or a laptop's."""
         parts = ("vision", "projector", "language") if self.vision_layers else ("language",)
         rows = self.vocab_size - 16
-        widths: dict[str, Any] = {}
+        widths: dict[str, Any] = {} if self.width == 1 else HALF_WIDTH
         vision: dict[str, Any] = {}
         projector = ProjectorConfig()
         if small:
@@ -115,8 +144,12 @@ class Case:
         )
 
 
-def load_case(name: str, changes: list[str]) -> Case:
-    """A case by its file's name, with changes like `recompute.language=full` or `steps=4`.
+def load_cases(name: str, changes: list[str]) -> list[Case]:
+    """A case by its file's name, and what its file lists under `beside`: the same packs in other programs or layouts.
+
+    Args:
+        name: File in `cases`.
+        changes: Like `recompute.language=full` or `steps=4`; what `beside` sets itself stays.
 
     Raises:
         SystemExit: There is no such case or key; says which there are.
@@ -125,16 +158,30 @@ def load_case(name: str, changes: list[str]) -> Case:
     if not path.exists():
         raise SystemExit(f"no case {name!r}; there are {', '.join(sorted(p.stem for p in FOLDER.glob('*.yaml')))}")
     values: dict[str, Any] = {"case": name} | yaml.safe_load(path.read_text())
+    beside = values.pop("beside", [])
     for change in changes:
         key, _, value = change.partition("=")
         section, _, leaf = key.rpartition(".")
         (values.setdefault(section, {}) if section else values)[leaf] = yaml.safe_load(value)
     try:
-        for section, kind in SECTIONS.items():
-            if section in values:
-                default = Case(case=name).optim if section == "optim" else kind()
-                values[section] = replace(default, **values[section])
-        lists = {"train": ("language",), "adapted": ()}
-        return Case(**values | {key: tuple(values.get(key, default)) for key, default in lists.items()})
+        return [_case(name, values), *(_case(name, _merged(values, other)) for other in beside)]
     except TypeError as error:
         raise SystemExit(f"{path.name} {' '.join(changes)}: {error}") from error
+
+
+def _case(name: str, values: dict[str, Any]) -> Case:
+    made = dict(values)
+    for section, kind in SECTIONS.items():
+        if section in made:
+            default = Case(case=name).optim if section == "optim" else kind()
+            made[section] = replace(default, **made[section])
+    lists = {"train": ("language",), "adapted": ()}
+    return Case(**made | {key: tuple(made.get(key, default)) for key, default in lists.items()})
+
+
+def _merged(values: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """`parallel` is replaced whole, since sizes of two layouts do not mix; other sections key by key."""
+    sections = {
+        key: {**values.get(key, {}), **other[key]} for key in ("precision", "recompute", "optim") if key in other
+    }
+    return values | other | sections

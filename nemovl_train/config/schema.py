@@ -168,10 +168,18 @@ class PrecisionConfig:
     Attributes:
         params: `fp32` or `bf16`.
         backend: `te` (Transformer Engine and mamba-ssm on CUDA), `torch` (plain PyTorch, any device), `auto`.
+        fp8: `none`, or `blockwise`: linear layers of all parts multiply in FP8 while they train (E4M3, a scale for each
+            128 numbers of an activation and each 128 x 128 of a weight). Weights, gradients, checkpoints, evaluation
+            and everything between the linear layers stay in `params`. Needs bf16, `te`, and a Hopper GPU or newer.
+        bf16_layers: With FP8, language layers at each end of the stack that do not take part.
+        bf16_blocks: Likewise blocks at each end of the tower; half of them or more leave all of it in bf16.
     """
 
     params: str = "fp32"
     backend: str = "auto"
+    fp8: str = "none"
+    bf16_layers: int = 1
+    bf16_blocks: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,10 +205,11 @@ class RecomputeConfig:
 
     Attributes:
         language: `none`; `selective` makes outputs of norms, of the squared ReLU and of the Mamba layers' gated norm
-            again; `full` keeps the input of each layer alone and runs it again.
-        language_layers: With `full`, so many layers from the first; all of them when None.
-        vision: `none`, `selective` (norms and GELU) and `full` likewise; `tiles` keeps pixels alone and encodes a few
-            tiles at a time again, which takes the same memory for any number of tiles.
+            again; `full` keeps the input of each layer alone and runs it again; `offload` is `full` with these inputs
+            in host memory.
+        language_layers: With `full` or `offload`, so many layers from the first; all of them when None.
+        vision: `none`, `selective` (norms and GELU), `full` and `offload` likewise; `tiles` keeps pixels alone and
+            encodes a few tiles at a time again, which takes the same memory for any number of tiles.
     """
 
     language: str = "none"
@@ -266,6 +275,7 @@ class OptimConfig:
         states: `fp32` keeps gradients, master weights and moments in float32; `bf16_moments` keeps moments in bfloat16
             and of the float32 master weight only the 16 bits that the bfloat16 weight lacks; `lean` has bfloat16
             gradients as well. The last two need `distributed` and Transformer Engine.
+        offload: Keep moments and separate master weights in host memory but for the update itself.
         fuse_grad_accumulation: Transformer Engine's linears add weight gradients to the optimizer's buffer themselves.
     """
 
@@ -283,6 +293,7 @@ class OptimConfig:
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
     states: str = "fp32"
+    offload: bool = False
     fuse_grad_accumulation: bool = True
 
 
@@ -305,6 +316,8 @@ class TrainerConfig:
         stall_timeout_s: Without progress for so long, all stacks are written and the run ends; 0 waits for ever. The
             first step has three times as long.
         time_limit_s: Seconds after which the run has to be over, its save included; 0 takes the end of the SLURM job.
+        dry_run: Measure the memory of packs at full length, a pack of images alone among them, with the optimizer's
+            state there; write it to `dry_run.json` in the stage's folder and end.
     """
 
     steps: int = 100
@@ -318,6 +331,7 @@ class TrainerConfig:
     check_replicas_every: int = 100
     stall_timeout_s: float = 1800.0
     time_limit_s: float = 0.0
+    dry_run: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -376,6 +390,21 @@ class LoggingConfig:
     progress: bool = True
     tensorboard: bool = False
     wandb: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileConfig:
+    """Where the time of some steps goes, written to the stage's folder `profile`.
+
+    Attributes:
+        steps: Steps that are profiled, on the first rank; 0 for none.
+        after: Steps of this start before them.
+        trace: Write the whole trace as well, for a trace viewer.
+    """
+
+    steps: int = 0
+    after: int = 3
+    trace: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -440,6 +469,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     workload: WorkloadConfig = field(default_factory=WorkloadConfig)
 

@@ -13,6 +13,7 @@ from typing import Any
 from data_pipelines.config import LOSS_MODES, LOSS_UNITS, PACKING_MODES
 from nemovl_train.config.adapters import adapter_problems
 from nemovl_train.config.nearest import did_you_mean, nearest_multiples
+from nemovl_train.config.precision import FP8, fp8_problems
 from nemovl_train.config.schema import PARTS, EvalConfig, RunConfig, RunSection, ScheduleConfig, VisionConfig
 from nemovl_train.parallel.legality import layout_problems
 
@@ -25,9 +26,9 @@ PARAMS = ("fp32", "bf16")
 BACKENDS = ("auto", "te", "torch")
 DIVISORS = ("global", "pack")
 ENGINES = ("megatron", "deepspeed")
-LANGUAGE_RECOMPUTE = ("none", "selective", "full")
+LANGUAGE_RECOMPUTE = ("none", "selective", "full", "offload")
 STATES = ("fp32", "bf16_moments", "lean")
-VISION_RECOMPUTE = ("none", "selective", "full", "tiles")
+VISION_RECOMPUTE = ("none", "selective", "full", "offload", "tiles")
 MAKERS = ("none", "tiny")
 GPUS = ("h100_80gb", "h200_141gb", "a100_80gb", "b200_180gb")
 MOST_BF16_SUMS = 8
@@ -51,6 +52,7 @@ def validate_run(config: RunConfig, *, world_size: int | None = None) -> list[st
         *_tokens(config),
         *_data(config),
         *_precision_and_optim(config),
+        *fp8_problems(config),
         *_engine(config),
         *_recompute(config),
         *_trainer(config),
@@ -277,6 +279,9 @@ def _option(section: object, key: str) -> Any:
 def _precision_and_optim(config: RunConfig) -> Iterator[str]:
     yield from _choice("precision.params", config.precision.params, PARAMS)
     yield from _choice("precision.backend", config.precision.backend, BACKENDS)
+    yield from _choice("precision.fp8", config.precision.fp8, FP8)
+    for key in ("bf16_layers", "bf16_blocks"):
+        yield from _at_least(f"precision.{key}", getattr(config.precision, key), 0)
     optim = config.optim
     yield from _positive("optim.lr", optim.lr)
     for part in PARTS:
@@ -310,10 +315,10 @@ def _recompute(config: RunConfig) -> Iterator[str]:
     yield from _choice("recompute.vision", recompute.vision, VISION_RECOMPUTE)
     if recompute.language_layers is not None:
         yield from _within("recompute.language_layers", recompute.language_layers, 1, layers)
-        if recompute.language != "full":
+        if recompute.language not in ("full", "offload"):
             yield (
-                f"recompute.language_layers={recompute.language_layers} counts with recompute.language=full alone; "
-                "set that, or recompute.language_layers=null"
+                f"recompute.language_layers={recompute.language_layers} counts with recompute.language=full alone (or "
+                "offload); set that, or recompute.language_layers=null"
             )
 
 
@@ -321,9 +326,10 @@ def _engine(config: RunConfig) -> Iterator[str]:
     engine = config.engine
     yield from _choice("engine.name", engine.name, ENGINES)
     if engine.name == "megatron":
-        for key in ("offload_optimizer", "offload_params"):
-            if getattr(engine, key):
-                yield f"engine.{key}=true: megatron-core keeps everything on the GPU; set engine.name=deepspeed"
+        if engine.offload_optimizer:
+            yield "engine.offload_optimizer=true is DeepSpeed's: set optim.offload=true, or set engine.name=deepspeed"
+        if engine.offload_params:
+            yield "engine.offload_params=true: megatron-core keeps weights on the GPU; set engine.name=deepspeed"
     if engine.name == "deepspeed":
         yield from _deepspeed(config)
 
@@ -337,6 +343,8 @@ def _deepspeed(config: RunConfig) -> Iterator[str]:
     for key in ("overlap_grad_reduce", "overlap_param_gather"):
         if getattr(optim, key):
             yield f"optim.{key}=true is megatron-core's; set optim.{key}=false with engine.name=deepspeed"
+    if optim.offload:
+        yield "optim.offload=true is for engine.name=megatron; set engine.offload_optimizer=true instead"
     if optim.states != "fp32":
         yield f"optim.states={optim.states} is megatron-core's; set optim.states=fp32 with engine.name=deepspeed"
     if not optim.distributed:
@@ -413,6 +421,8 @@ def _rest(config: RunConfig) -> Iterator[str]:
         if not path:
             yield f"evaluation.sources.{name} is empty; give the dataset folder"
     yield from _at_least("logging.every_steps", config.logging.every_steps, 1)
+    yield from _at_least("profile.steps", config.profile.steps, 0)
+    yield from _at_least("profile.after", config.profile.after, 1)
 
 
 def _validation(options: EvalConfig) -> Iterator[str]:

@@ -5,6 +5,7 @@ into linears, so that a checkpoint of one backend loads in the other.
 """
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
 from nemovl_train.model.attention import TorchAttention  # noqa: E402
+from nemovl_train.model.fp8 import Context  # noqa: E402
 
 BACKENDS = ("torch", "te", "auto")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -35,6 +37,8 @@ class Backend:
         column_linear: Linear whose rows are split over tensor parallel ranks.
         row_linear: Linear whose columns are split.
         core_attention: Attention of packs (causal in every document) and of batches of equal tiles (no mask).
+        fp8: Makes the context in which its linears multiply in block-wise FP8; raises a UserError on a GPU that cannot.
+            None where they cannot anywhere.
     """
 
     name: str
@@ -42,6 +46,20 @@ class Backend:
     column_linear: Any
     row_linear: Any
     core_attention: Any
+    fp8: Callable[[], Context] | None = None
+
+    def fp8_context(self) -> Context:
+        """Context factory for `fp8.multiply_in_fp8`.
+
+        Raises:
+            UserError: This backend, or this machine, cannot multiply in FP8.
+        """
+        if self.fp8 is None:
+            raise UserError(
+                f"precision.fp8=blockwise: the backend {self.name} cannot multiply in FP8 (precision.backend=te on a "
+                "Hopper GPU or newer can); set precision.fp8=none"
+            )
+        return self.fp8()
 
 
 class TorchRMSNorm(nn.RMSNorm):

@@ -1,5 +1,6 @@
 """Leaf modules of the `te` backend. Imported only where Transformer Engine and CUDA are there."""
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,8 +14,11 @@ from megatron.core.extensions.transformer_engine import (
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
+from transformer_engine.common.recipe import Float8BlockScaling, Format
 
+from nemovl_train.exceptions import UserError
 from nemovl_train.model.backend import Backend
+from nemovl_train.model.fp8 import Context
 
 # megatron-core has no name of its own for it and passes on this one's.
 _ENDS_ALIGNED = SimpleNamespace(name="padding_causal_bottom_right")
@@ -69,10 +73,23 @@ def te_norm(config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> A
     )
 
 
+def fp8_context() -> Context:
+    """Transformer Engine's context of block-wise E4M3 for inputs, weights and gradients; attention stays as it is.
+
+    Raises:
+        UserError: The GPU, or its CUDA, has no block-wise FP8.
+    """
+    possible, reason = te.is_fp8_block_scaling_available(return_reason=True)
+    if not possible:
+        raise UserError(f"precision.fp8=blockwise: {torch.cuda.get_device_name()}: {reason}; set precision.fp8=none")
+    return partial(te.autocast, enabled=True, recipe=Float8BlockScaling(fp8_format=Format.E4M3))
+
+
 TE = Backend(
     name="te",
     norm=te_norm,
     column_linear=PlainColumnParallelLinear,
     row_linear=PlainRowParallelLinear,
     core_attention=PlainAttention,
+    fp8=fp8_context,
 )

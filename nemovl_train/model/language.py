@@ -187,6 +187,7 @@ class LanguageModel(HybridModel):
         labels: Tensor | None = None,
         embeddings: Tensor | None = None,
         supervised: Tensor | None = None,
+        gradient: Tensor | None = None,
     ) -> Tensor:
         """Cross entropy [L] float32 where there are labels (zero elsewhere), or logits [L, V] without labels.
 
@@ -196,12 +197,13 @@ class LanguageModel(HybridModel):
             labels: [L] int64, already shifted; -100 where there is no target.
             embeddings: In place of `embed(input_ids)`.
             supervised: [M] int64, positions of the labels, where they are known without asking the device.
+            gradient: [L] float32, as in `token_loss`.
         """
         hidden = self.hidden_states(self.embed(input_ids) if embeddings is None else embeddings, pack)
         if labels is None:
             return self.logits(hidden)
         collect_weights(self.output_layer)
-        return token_loss(hidden, self.output_layer, labels, supervised)
+        return token_loss(hidden, self.output_layer, labels, supervised, gradient=gradient)
 
 
 def collect_weights(module: torch.nn.Module) -> None:

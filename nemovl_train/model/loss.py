@@ -1,9 +1,10 @@
 """Output layer and cross entropy in one, at supervised positions only, over a vocabulary that ranks share.
 
-Logits exist for some rows at a time, in the weights' dtype; float32 exists for a block of their columns. Forward keeps
-one number a row, the log of the softmax's denominator; backward makes the logits again, turns them into their own
-gradient in place and multiplies. On CUDA both passes over logits are Triton kernels. Tensor parallel ranks exchange
-three numbers a row, once.
+Logits exist for some rows at a time, in the weights' dtype; float32 exists for a block of their columns. They become
+their own gradient in place, which is multiplied with the weight and with the hidden states. Where the gradient of each
+loss is known beforehand, as it is in training, all of that is done in forward and logits are made once. Otherwise
+forward keeps one number a row, the log of the softmax's denominator, and backward makes them again. On CUDA both passes
+over logits are Triton kernels. Tensor parallel ranks exchange three numbers a row.
 
 Shape legend: S tokens in a pack, M supervised ones, H hidden, V vocabulary rows of this rank, R ranks.
 """
@@ -31,7 +32,13 @@ IGNORE = -100
 
 
 def token_loss(
-    hidden: Tensor, head: Any, labels: Tensor, supervised: Tensor | None = None, *, chunk: int | None = None
+    hidden: Tensor,
+    head: Any,
+    labels: Tensor,
+    supervised: Tensor | None = None,
+    *,
+    gradient: Tensor | None = None,
+    chunk: int | None = None,
 ) -> Tensor:
     """Cross entropy of every position. Weighting is the caller's: `(token_loss(...) * loss_weight).sum()`.
 
@@ -43,6 +50,9 @@ def token_loss(
         labels: [S] int64, the target predicted at each position, `IGNORE` where there is none. The same on every
             tensor parallel rank.
         supervised: [M] int64, positions with a target; None asks `labels`, which waits for the device.
+        gradient: [S] float32, what backward will bring for each loss: its weight, where backward starts from the
+            weighted sum. Spares a fourth of the matrix products; other numbers from backward are an error, which the
+            device finds without anybody waiting for it. None where they are not known.
         chunk: Most positions at a time; `rows_at_a_time` when None.
 
     Returns:
@@ -57,7 +67,11 @@ def token_loss(
     positions = torch.nonzero(labels != IGNORE).squeeze(1) if supervised is None else supervised
     targets = labels.index_select(0, positions)
     chunk = chunk or rows_at_a_time(len(head.weight), head.weight.element_size())
-    losses = _LinearCrossEntropy.apply(hidden.squeeze(1), head.weight, positions, targets, head.tp_group, chunk)
+    operands = hidden.squeeze(1), head.weight, positions, targets, head.tp_group, chunk
+    if gradient is not None and torch.is_grad_enabled() and (hidden.requires_grad or head.weight.requires_grad):
+        losses = _WithGradient.apply(*operands, gradient.index_select(0, positions))
+    else:
+        losses = _LinearCrossEntropy.apply(*operands)
     return torch.zeros(len(labels), device=hidden.device).index_copy(0, positions, losses)
 
 
@@ -88,21 +102,87 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, positions, local, log_sum = ctx.saved_tensors
-        of_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
-        total, of_weight = _weight_gradient(weight) if ctx.needs_input_grad[1] else (None, None)
+        gradients = _Gradients(hidden, weight, ctx.needs_input_grad)
         to_gradient = _kernels(hidden).to_gradient
         for p, t, s, g in _chunks(ctx.chunk, positions, local, log_sum, grad):
             rows = hidden.index_select(0, p)
             logits = F.linear(rows, weight)
             to_gradient(logits, t, s, g)
-            if of_hidden is not None:
-                of_hidden.index_copy_(0, p, logits @ weight)
-            if total is not None:
-                _add_product(total, logits, rows)
+            gradients.add(p, rows, logits)
             del logits  # or two chunks' logits would exist while the next are made
-        if of_weight is None and total is not None:
-            of_weight = total.to(weight.dtype)
-        return of_hidden, of_weight, None, None, None, None
+        return *gradients.found(), None, None, None, None
+
+
+class _WithGradient(torch.autograd.Function):
+    """The same, and the gradient [M] of every loss, known in forward; what backward brings has to equal it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        positions: Tensor,
+        targets: Tensor,
+        group: dist.ProcessGroup,
+        chunk: int,
+        expected: Tensor,
+    ) -> Tensor:
+        local = targets - group.rank() * len(weight)
+        kernels, gradients = _kernels(hidden), _Gradients(hidden, weight, ctx.needs_input_grad)
+        losses = torch.empty(len(positions), device=hidden.device)
+        for p, t, g, loss in _chunks(chunk, positions, local, expected, losses):
+            rows = hidden.index_select(0, p)
+            logits = F.linear(rows, weight)
+            log_sum, own = _over_ranks(kernels.statistics(logits, t), group)
+            torch.sub(log_sum, own, out=loss)
+            kernels.to_gradient(logits, t, log_sum, g)
+            gradients.add(p, rows, logits)
+            del logits
+        ctx.save_for_backward(expected)
+        # Not saved tensors: the weight's may be a view of the optimizer's buffer, which changes before backward.
+        ctx.gradients = gradients.found()
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (expected,) = ctx.saved_tensors
+        same = (grad == expected) | (grad.isnan() & expected.isnan())  # a step that is not finite is dropped later
+        torch._assert_async(same.all(), "a loss was differentiated with other weights than token_loss(gradient=) said")
+        of_hidden, of_weight = ctx.gradients
+        del ctx.gradients
+        return of_hidden, of_weight, None, None, None, None, None
+
+
+class _Gradients:
+    """Sums of the products of logits' gradients: for hidden states [S, H] and the weight [V, H], where they are needed.
+
+    Args:
+        hidden: [S, H].
+        weight: [V, H].
+        needed: Whether each of the two has a gradient.
+    """
+
+    def __init__(self, hidden: Tensor, weight: Tensor, needed: tuple[bool, ...]) -> None:
+        self._weight = weight
+        self._of_hidden = torch.zeros_like(hidden) if needed[0] else None
+        self._total: Tensor | None = None
+        self._of_weight: Tensor | None = None
+        if needed[1]:
+            self._total, self._of_weight = _weight_gradient(weight)
+
+    def add(self, positions: Tensor, rows: Tensor, of_logits: Tensor) -> None:
+        """Some positions [m], their hidden states [m, H] and the gradient of their logits [m, V]."""
+        if self._of_hidden is not None:
+            self._of_hidden.index_copy_(0, positions, of_logits @ self._weight)
+        if self._total is not None:
+            _add_product(self._total, of_logits, rows)
+
+    def found(self) -> tuple[Tensor | None, Tensor | None]:
+        """What autograd gets for hidden states and weight."""
+        if self._of_weight is None and self._total is not None:
+            return self._of_hidden, self._total.to(self._weight.dtype)
+        return self._of_hidden, self._of_weight
 
 
 def _kernels(tensor: Tensor) -> Any:

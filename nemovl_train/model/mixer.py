@@ -32,7 +32,10 @@ W taps. Sizes are this tensor parallel rank's.
 
 from __future__ import annotations
 
+import functools
 import itertools
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,13 +44,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from nemovl_train.model import cache
+from nemovl_train.model.fp8 import in_fp8
 from nemovl_train.model.kernels import dispatch
 from nemovl_train.model.kernels.phases import ScanInputs, TokenGradients
 from nemovl_train.model.mamba_parts import GatedNorm, MambaParameters, MambaSizes, mark_split
 from nemovl_train.model.packing import PackParams, Piece
 from nemovl_train.model.recompute import can_be_remade
 from nemovl_train.parallel import cpu
-from nemovl_train.parallel.exchange import every_rank, gather_columns, scatter_columns
+from nemovl_train.parallel.exchange import Gathered, every_rank, gather_columns, scatter_columns
 
 cpu.install_if_no_cuda()
 
@@ -183,6 +187,8 @@ class PackedMambaMixer(MambaMixer):
         projected, _ = self.in_proj(hidden_states)
         assert projected.shape[1] == 1, "packs are the only batch"
         projected, parameters = projected.squeeze(1), self._parameters_outside_projections()
+        # In FP8 the projection keeps a copy of its own, and the fused call is faster.
+        remakes = self.remakes_gated_norm and not self.exchanges_heads and not in_fp8(self.in_proj)
         if isinstance(packed_seq_params, cache.CachedParams):
             assert self.layer_number is not None
             inner = cache.mamba_inner(
@@ -196,13 +202,36 @@ class PackedMambaMixer(MambaMixer):
         elif self.exchanges_heads:
             inner = self._over_heads(projected, parameters, packed_seq_params)
         else:
-            inner = _inner(
-                projected, parameters, self.sizes, packed_seq_params, self.cp_group, by_phases=self.remakes_gated_norm
-            )
+            inner = _inner(projected, parameters, self.sizes, packed_seq_params, self.cp_group, by_phases=remakes)
         inner, node = inner.unsqueeze(1), inner.grad_fn
-        if self.remakes_gated_norm and not self.exchanges_heads and node is not None:
+        if remakes and node is not None:
             inner = can_be_remade(inner, lambda into: _ScanAcrossRanks.norm_again(node, into.squeeze(1)))
         return self.out_proj(inner)
+
+    def rehearse(self, tokens: int) -> None:
+        """Run what lies between the projections once on random numbers, forward and backward, without other ranks.
+
+        The kernels are those that `forward` runs, at the same sizes; parameters and their gradients are not touched.
+
+        Args:
+            tokens: Tokens of this context parallel rank.
+        """
+        ranks = self.cp_group.size()
+        # Not by calling the norm: that would ask other ranks for updated weights.
+        parameters, sizes = self._parameters_with(self.norm.weight), self.sizes
+        if self.exchanges_heads:
+            parameters, sizes, tokens = parameters.share(sizes, 0, ranks), sizes.shared(ranks), tokens * ranks
+        own = MambaParameters(*(p.detach().clone().requires_grad_() for p in parameters.tensors()))
+        weight = own.conv_weight
+        projected = torch.randn(tokens, sum(sizes.columns), dtype=weight.dtype, device=weight.device)
+        ids = torch.zeros(1, tokens, dtype=torch.int32, device=weight.device)
+        bounds = torch.tensor([0, tokens], dtype=torch.int32, device=weight.device)
+        pack = PackParams.from_boundaries(bounds, ids, tokens)
+        handed_on = ranks > 1 and not self.exchanges_heads
+        # Of layers that make the norm again, those in FP8 take the other form.
+        for by_phases in {handed_on, handed_on or self.remakes_gated_norm}:
+            out = _inner(projected.detach().requires_grad_(), own, sizes, pack, None, by_phases=by_phases)
+            out.backward(torch.randn_like(out))
 
     def _over_heads(self, projected: Tensor, parameters: MambaParameters, pack: PackParams) -> Tensor:
         """[L, all columns] -> [L, H * P], every rank scanning all tokens with its share of the heads."""
@@ -213,8 +242,11 @@ class PackedMambaMixer(MambaMixer):
         return gather_columns(_inner(whole, own, self.sizes.shared(ranks), pack, None), self.cp_group)
 
     def _parameters_outside_projections(self) -> MambaParameters:
+        return self._parameters_with(self.norm())
+
+    def _parameters_with(self, norm_weight: Tensor) -> MambaParameters:
         conv = (self.conv1d_weight.squeeze(1), self.conv1d_bias)
-        return MambaParameters(*conv, self.dt_bias, self.A_log, self.D, self.norm())
+        return MambaParameters(*conv, self.dt_bias, self.A_log, self.D, norm_weight)
 
 
 def _inner(
@@ -282,7 +314,7 @@ class _ScanAcrossRanks(torch.autograd.Function):
             )
             for y, piece in zip(scanned, pieces, strict=True)
         ]
-        ctx.save_for_backward(projected, *tensors, halos[0], piece_lefts, rank_lefts, *scanned, *kept, *states)
+        ctx.save_for_backward(projected, *tensors, halos[0](), piece_lefts, rank_lefts, *scanned, *kept, *states)
         ctx.sizes, ctx.pieces, ctx.group = sizes, pieces, group
         return out
 
@@ -319,7 +351,7 @@ class _ScanAcrossRanks(torch.autograd.Function):
                 into=grad_gate[piece.tokens],
             )
             of_norm.append(grad_norm)
-            inputs = _scan_inputs(projected, parameters, sizes, piece, before)
+            inputs = _scan_inputs(projected, parameters, sizes, piece, partial(_itself, before))
             scans.append(kernels.BackwardScan(inputs, state, grad_y.unflatten(1, (-1, sizes.head_dim))))
         after = _gradients_after(scans, piece_lefts, rank_lefts, group)
         # Gradient of what the convolution gave; the scans fill it before it goes through the convolution.
@@ -336,7 +368,7 @@ class _ScanAcrossRanks(torch.autograd.Function):
 
 
 def _scan_inputs(
-    projected: Tensor, parameters: MambaParameters, sizes: MambaSizes, piece: Piece, halo: Tensor
+    projected: Tensor, parameters: MambaParameters, sizes: MambaSizes, piece: Piece, halo: Callable[[], Tensor]
 ) -> ScanInputs:
     """Convolves a piece and names what its scan reads."""
     _, mixed, dt = (part[piece.tokens] for part in sizes.split(projected))
@@ -348,13 +380,27 @@ def _scan_inputs(
     return ScanInputs(x, dt, a, b, c, parameters.d.float(), parameters.dt_bias.float(), piece.ids, sizes.chunk)
 
 
-def _halos(mixed: Tensor, reach: int, pieces: list[Piece], group: dist.ProcessGroup | None) -> list[Tensor]:
-    """The tokens before each piece that its convolution sees, [W - 1, D]; [0, D] at the start of the pack."""
-    first = mixed[:0]
+def _halos(
+    mixed: Tensor, reach: int, pieces: list[Piece], group: dist.ProcessGroup | None
+) -> list[Callable[[], Tensor]]:
+    """What gives the tokens before each piece that its convolution sees, [W - 1, D]; [0, D] at the start of the pack.
+
+    Those of the rank before are on their way until they are asked for.
+    """
+    first = partial(_itself, mixed[:0])
     if group is not None:
-        ends = every_rank(mixed[-reach:], group).wait()
-        first = ends[group.rank() - 1] if group.rank() else first
-    return [first, *_inner_halos(mixed, reach, pieces)]
+        gathering, rank = every_rank(mixed[-reach:], group), group.rank()
+        first = partial(_of_rank_before, gathering, rank, mixed[:0])
+    return [functools.cache(first), *(partial(_itself, halo) for halo in _inner_halos(mixed, reach, pieces))]
+
+
+def _itself(halo: Tensor) -> Tensor:
+    return halo
+
+
+def _of_rank_before(gathering: Gathered, rank: int, none: Tensor) -> Tensor:
+    ends = gathering.wait()
+    return ends[rank - 1] if rank else none
 
 
 def _inner_halos(mixed: Tensor, reach: int, pieces: list[Piece]) -> list[Tensor]:

@@ -4,13 +4,14 @@
 activation, of a Mamba layer's gated norm. The tensor's memory is given back once that linear has read it, and is filled
 again when the gradient reaches the linear. Nothing runs twice but these. Mamba layers convolve again in either case.
 
-`full` keeps a layer's input alone and runs the layer again.
+`full` keeps a layer's input alone and runs the layer again; `offload` does, and keeps the input in host memory.
 
 An output that can be made again carries a function that does it, `remake(into)`. Modules are told by forward hooks, so
 that the layers themselves, megatron-core's among them, know nothing of it.
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from nemovl_train.model.fp8 import in_fp8
+from nemovl_train.model.offload import Host
 from nemovl_train.parallel import cpu
 
 cpu.install_if_no_cuda()
@@ -93,7 +96,7 @@ def recompute_selectively(part: nn.Module) -> None:
             module.remakes_gated_norm = True
 
 
-def recompute_fully(layers: Iterable[nn.Module]) -> None:
+def recompute_fully(layers: Iterable[nn.Module], host: Host | None = None) -> None:
     """Makes layers keep their input alone and run again in backward.
 
     megatron-core's own is not taken: it needs an input with a gradient, which the first layers of a model whose
@@ -101,14 +104,36 @@ def recompute_fully(layers: Iterable[nn.Module]) -> None:
 
     Args:
         layers: Layers of a built part.
+        host: Where they keep it; on the device when None.
     """
     for layer in layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        layer.forward = partial(_run_again, layer.forward, host)
+
+
+def _run_again(forward: Callable[..., Any], host: Host | None, /, *args: Any, **kwargs: Any) -> Any:
+    # Only positional arguments are saved as tensors of the graph; keywords would be held as they are.
+    if "hidden_states" in kwargs:
+        return _run_again(partial(_with_hidden, forward), host, kwargs.pop("hidden_states"), *args, **kwargs)
+    with host.hooks() if host is not None else nullcontext():
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
+def _with_hidden(forward: Callable[..., Any], hidden_states: Tensor, /, *args: Any, **kwargs: Any) -> Any:
+    return forward(*args, hidden_states=hidden_states, **kwargs)
 
 
 def _mark(norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     kept = inputs[0].detach()
     can_be_remade(output, lambda into: into.copy_(norm.forward(kept)))
+
+
+def _keeps_input(linear: nn.Module) -> bool:
+    """Whether the input would stay for backward: for the weight's gradient, unless in FP8, or for an adapter's.
+
+    What nobody keeps goes by itself; filling it again would be work for nothing.
+    """
+    weight_reads = linear.weight.requires_grad and not in_fp8(linear)
+    return weight_reads or any(p.requires_grad for name, p in linear.named_parameters() if "." in name)
 
 
 def _drop_input(linear: nn.Module, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, Any]) -> None:
@@ -117,7 +142,7 @@ def _drop_input(linear: nn.Module, inputs: tuple[Tensor, ...], outputs: tuple[Te
     if remake is None:
         return
     delattr(inputs[0], "remake")
-    if not outputs[0].requires_grad:
+    if not outputs[0].requires_grad or not _keeps_input(linear):
         return
     # `data` counts changes of its own: the values will be what they were, and autograd need not know.
     storage, same = inputs[0].untyped_storage(), inputs[0].data

@@ -12,20 +12,23 @@ tokens of a tile, D tower width, H language model width, V vocabulary rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nemovl_train.config.schema import PARTS, ModelConfig, RecomputeConfig
+from nemovl_train.config.precision import inner_layers
+from nemovl_train.config.schema import PARTS, ModelConfig, PrecisionConfig, RecomputeConfig
 from nemovl_train.exceptions import ConfigError, DataError
 from nemovl_train.model.backend import Backend, select_backend
 from nemovl_train.model.batch import PackBatch
 from nemovl_train.model.cache import CachedParams
+from nemovl_train.model.fp8 import forget_quantized_weights, multiply_in_fp8
 from nemovl_train.model.init import init_weights
 from nemovl_train.model.language import LanguageModel, build_language_model, collect_weights
 from nemovl_train.model.lora import adapters
+from nemovl_train.model.offload import Host
 from nemovl_train.model.projector import Projector
 from nemovl_train.model.recompute import recompute_fully, recompute_selectively
 from nemovl_train.model.vision import build_vision_tower
@@ -128,11 +131,13 @@ class NemotronVL(MegatronModule):
             features = self.vision_model.encode(tiles_T3PP)
         return self.projector(features)
 
-    def forward(self, batch: PackBatch) -> Tensor:
+    def forward(self, batch: PackBatch, *, weights_are_final: bool = False) -> Tensor:
         """Cross entropy of every position, in nats; 0 where there is no label.
 
         Args:
             batch: One pack.
+            weights_are_final: Backward will start from the sum of the losses times the batch's weights, as they are
+                now, so that the head's gradients can be made in forward (`token_loss`).
 
         Returns:
             [L] float32.
@@ -141,7 +146,12 @@ class NemotronVL(MegatronModule):
             DataError: Image tokens and tiles do not belong together.
         """
         losses = self._language()(
-            batch.input_ids, batch.params, batch.labels, self._embeddings(batch), batch.supervised
+            batch.input_ids,
+            batch.params,
+            batch.labels,
+            self._embeddings(batch),
+            batch.supervised,
+            batch.loss_weight if weights_are_final else None,
         )
         if self.training and torch.is_grad_enabled() and not losses.requires_grad:
             # Nothing that trains took part (projector warm-up meets a pack without images). The trainer still runs a
@@ -259,6 +269,10 @@ class NemotronVL(MegatronModule):
         empty = parameters[0].new_empty(0, self.sizes.language.hidden_size)
         return empty.requires_grad_(torch.is_grad_enabled() and any(p.requires_grad for p in parameters))
 
+    def set_is_first_microbatch(self) -> None:
+        """Called by megatron-core's schedules at the start of a step: weights are not those of the step before."""
+        forget_quantized_weights(self)
+
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Part of the protocol of megatron-core's schedules; there is no pipeline stage before this model."""
         assert input_tensor is None or input_tensor == [None]
@@ -308,6 +322,7 @@ def build_model(
     parts: Sequence[str] | None = None,
     seed: int = 1234,
     recompute: RecomputeConfig | None = None,
+    precision: PrecisionConfig | None = None,
     draw_on: torch.device | str = "cpu",
 ) -> NemotronVL:
     """Build the model, or some of its parts, on this process's device with initial weights.
@@ -322,14 +337,17 @@ def build_model(
         parts: Parts to build; `config.parts` when None.
         seed: Seed of the initial weights.
         recompute: What backward makes again; nothing when None.
+        precision: Which layers multiply in FP8; none when None. Its other options are `params_dtype` and `backend`.
         draw_on: Where initial values are drawn; only those of a CPU are the same on every machine.
 
     Raises:
-        UserError: The backend is unknown or cannot run here.
+        UserError: The backend is unknown or cannot run here, or FP8 cannot.
     """
     parts = config.parts if parts is None else parts
     assert set(parts) <= set(PARTS), f"parts are some of {PARTS}, not {parts}"
-    model = NemotronVL(config, layout, params_dtype=params_dtype, backend=select_backend(backend), parts=parts)
+    leaves = select_backend(backend)
+    fp8 = leaves.fp8_context() if precision is not None and precision.fp8 == "blockwise" else None
+    model = NemotronVL(config, layout, params_dtype=params_dtype, backend=leaves, parts=parts)
     model.to(layout.device)  # megatron-core makes some of the tower's parameters on the CPU
     # Additions to the residual stream of each part: their number scales the projections that feed it.
     additions = {"vision": 2 * config.vision.num_layers, "projector": 1, "language": config.language.num_layers}
@@ -345,19 +363,36 @@ def build_model(
             tp_rank=groups.tp.rank(),
             device=draw_on,
         )
+    if precision is not None and fp8 is not None:
+        multiply_in_fp8(_fp8_modules(model, precision), fp8)
     _set_recompute(model, recompute or RecomputeConfig())
     return model
 
 
+def _fp8_modules(model: NemotronVL, precision: PrecisionConfig) -> Iterator[torch.nn.Module]:
+    """All layers but those at both ends, and the projector. Embedding, head and patch embedding are no such layers."""
+    if (language := model.language_model) is not None:
+        yield from _without_ends(language.decoder.layers, precision.bf16_layers)
+    if (tower := model.vision_model) is not None:
+        yield from _without_ends(tower.decoder.layers, precision.bf16_blocks)
+    if model.projector is not None:
+        yield model.projector
+
+
+def _without_ends(layers: torch.nn.ModuleList, ends: int) -> Iterator[torch.nn.Module]:
+    return iter([layers[place] for place in inner_layers(len(layers), ends)])
+
+
 def _set_recompute(model: NemotronVL, recompute: RecomputeConfig) -> None:
     if (language := model.language_model) is not None:
-        if recompute.language == "full":
-            recompute_fully(language.decoder.layers[: recompute.language_layers])
+        if recompute.language in ("full", "offload"):
+            host = Host() if recompute.language == "offload" else None
+            recompute_fully(language.decoder.layers[: recompute.language_layers], host)
         elif recompute.language == "selective":
             recompute_selectively(language)
     if (tower := model.vision_model) is not None:
-        if recompute.vision == "full":
-            recompute_fully(tower.decoder.layers)
+        if recompute.vision in ("full", "offload"):
+            recompute_fully(tower.decoder.layers, Host() if recompute.vision == "offload" else None)
         elif recompute.vision == "selective":
             recompute_selectively(tower)
         tower.keeps_pixels_only = recompute.vision == "tiles"

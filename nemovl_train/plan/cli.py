@@ -10,6 +10,7 @@ from nemovl_train.exceptions import UserError
 from nemovl_train.exit_codes import ExitCode
 from nemovl_train.plan.calibration import compare
 from nemovl_train.plan.planner import make_plan, to_json
+from nemovl_train.plan.projection import projection
 from nemovl_train.plan.search import search
 from nemovl_train.plan.text import calibration_text, plan_text, schedule_text, search_text
 
@@ -72,4 +73,4 @@ def _schedule(config: ScheduleConfig, as_json: bool) -> str:
         "hours": round(sum(made.hours for made in plans), 2),
         "gpu_hours": round(sum(made.hours * made.grid.gpus for made in plans), 1),
     }
-    return json.dumps({"stages": stages, "total": total}, indent=1)
+    return json.dumps({"stages": stages, "total": total, "projection": projection(plans)}, indent=1)

@@ -35,7 +35,8 @@ class Gpu:
 GPU_TYPES = {
     # Rates from a profile of megatron-core training the 12B language model on four of them (calibration.py): GEMMs at
     # 732 TFLOP/s; attention 630 forward, 530 backward with its 2.5 times the work, which is 476 over both passes;
-    # 8 to 10 GiB outside the pool. NVLink: what makes case `tp4_16k` come out (an all-reduce alone reached 355 GB/s).
+    # 8 to 10 GiB outside the pool. NVLink: over the 227 of 352 ms of
+    # NCCL during which nothing else ran (an all-reduce alone reached 355 GB/s).
     "h100_80gb": Gpu(
         name="H100 80 GB",
         memory_bytes=81559 * 2**20,
@@ -44,7 +45,7 @@ GPU_TYPES = {
         gemm_flops=732e12,
         attention_flops=476e12,
         copy_bytes=3.0e12,
-        nvlink_bytes=290e9,
+        nvlink_bytes=344e9,
         measured=True,
     ),
     # The same chip with more and faster memory: 4.8 against 3.35 TB/s on the data sheets.
@@ -56,7 +57,7 @@ GPU_TYPES = {
         gemm_flops=732e12,
         attention_flops=476e12,
         copy_bytes=4.3e12,
-        nvlink_bytes=290e9,
+        nvlink_bytes=344e9,
         measured=False,
     ),
     # Data sheet, dense bfloat16 312 TFLOP/s, 2.04 TB/s, NVLink 600 against 900 GB/s; the H100's shares of those.
@@ -68,7 +69,7 @@ GPU_TYPES = {
         gemm_flops=231e12,
         attention_flops=150e12,
         copy_bytes=1.83e12,
-        nvlink_bytes=193e9,
+        nvlink_bytes=229e9,
         measured=False,
     ),
     # Data sheet of the eight-GPU board: dense bfloat16 2.25 PFLOP/s, 180 GB and 8 TB/s a GPU, NVLink 1,800 GB/s.
@@ -80,7 +81,7 @@ GPU_TYPES = {
         gemm_flops=1665e12,
         attention_flops=1083e12,
         copy_bytes=7.2e12,
-        nvlink_bytes=580e9,
+        nvlink_bytes=688e9,
         measured=False,
     ),
 }

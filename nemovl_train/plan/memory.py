@@ -8,8 +8,10 @@ sequence parallelism shares their tokens.
 import math
 from dataclasses import dataclass, fields
 
+from nemovl_train.config.adapters import linears
+from nemovl_train.config.precision import inner_layers
 from nemovl_train.config.schema import LanguageConfig, RunConfig
-from nemovl_train.model.chunks import FLOAT_LOGITS, TILES_AT_A_TIME, TILES_ENCODED_AGAIN, rows_at_a_time
+from nemovl_train.model.chunks import TILES_AT_A_TIME, TILES_ENCODED_AGAIN, rows_at_a_time
 from nemovl_train.plan.load import Grid, PackLoad
 from nemovl_train.plan.policy import Policy, policy_of
 from nemovl_train.plan.trainable import trainable
@@ -20,10 +22,15 @@ _TOWER_WIDTHS_LIVE = 10
 """Tower widths that exist at once in a block that keeps nothing."""
 _TOWER_WIDTHS_MADE_AGAIN = 6
 """Of those, norms out twice and the GELU out: what selective recomputation drops."""
-_FLOAT_LOGIT_COPIES = 3
-"""Float32 numbers of a logit in the block at work, and its share in sums."""
-_LOGIT_BYTES_WHOLE = 2
-"""Of one logit under a fused cross entropy, whose gradient takes the logits' place."""
+_LOGIT_BYTES_WHOLE = 4
+"""Of one logit where all exist at once, and of the copy that Transformer Engine's cross entropy turns into its gradient
+(`pytorch/cross_entropy.py`, 2.20.2)."""
+_FP8_COPY = (1 + 4 / 128) / 2
+"""Of an input that an FP8 linear keeps for its weight, in bfloat16 numbers: a byte each, and a scale for each block."""
+_FP8_TOWER_WIDTHS = 7 * _FP8_COPY - _TOWER_WIDTHS_MADE_AGAIN
+"""Norms out twice, attention out and the GELU out a second time, in FP8; in bfloat16 the GELU and the norms out go."""
+_INPUTS_IN_FLIGHT = 3
+"""Layer inputs on the device while the others are in host memory: at work, on its way out or in, and the next one."""
 _WHOLE_COPIES = 3
 """Copies of [S, H] whole on every tensor parallel rank: embeddings, with features in them, final hidden states."""
 
@@ -33,13 +40,14 @@ class Memory:
     """Bytes of one rank at the worst moment of a step.
 
     Attributes:
-        weights: Weights.
+        weights: Weights; in FP8 training also those that are kept quantised, by rows and by columns.
         gradients: Gradient buffers.
         optimizer: Master weights and moments.
         activations: What the language layers keep for backward.
-        working: Temporary tensors of the layer at work.
+        working: What they need beyond that and the logits when it is most: temporary tensors of the layer at work, less
+            what the layers after it have given back.
         vision: Tower and projector: kept and temporary tensors.
-        logits: Logits at work.
+        logits: Logits at work, before any layer has given anything back.
         buffers: Embeddings and hidden states outside the layers.
     """
 
@@ -78,15 +86,38 @@ def memory(config: RunConfig, grid: Grid, load: PackLoad, policy: Policy | None 
     trains = {part for part, row in trainable(config).items() if row.learns}
     needs_graph = "language" in trains or load.tiles > 0
     # An adapter keeps its layer's input, as the layer itself does when it trains.
-    kept, working = _language(size, grid, tokens, policy, frozen="language" not in trains)
-    return Memory(
-        **_states(config, grid, policy, width),
-        activations=width * kept if has_language and needs_graph else 0.0,
-        working=width * working if has_language else 0.0,
-        vision=width * _vision(config, grid, load, policy, trained="vision" in trains),
-        logits=_logits(size, grid, load, policy, width) if has_language else 0.0,
-        buffers=width * _WHOLE_COPIES * tokens * size.hidden_size,
-    )
+    fp8 = _fp8_layers(config, size.num_layers, config.precision.bf16_layers)
+    kept, working = _language(size, grid, tokens, policy, frozen="language" not in trains, fp8=fp8)
+    logits = _logits(size, grid, load, policy, width) if has_language else 0.0
+    passing = {
+        "activations": width * kept if has_language and needs_graph else 0.0,
+        "working": max(width * working - logits, 0.0) if has_language else 0.0,
+        "vision": width * _vision(config, grid, load, policy, trained="vision" in trains),
+        "logits": logits,
+    }
+    states = _states(config, grid, policy, width)
+    if policy.states_on_host:
+        # They come back when all that a pack needs is gone: the larger of the two counts.
+        states["optimizer"] = max(0.0, states["optimizer"] - sum(passing.values()))
+    return Memory(**states, **passing, buffers=width * _WHOLE_COPIES * tokens * size.hidden_size)
+
+
+def host_bytes(config: RunConfig, grid: Grid, load: PackLoad, policy: Policy) -> float:
+    """Host memory of one rank: optimizer state and inputs of layers, where options move them there."""
+    width = 4 if config.precision.params == "fp32" else 2
+    found = 0.0
+    if policy.states_on_host:
+        found += _states(config, grid, policy, width)["optimizer"]
+    if policy.inputs_on_host:
+        size = config.model.language
+        layers = size.num_layers if policy.full_recompute_layers is None else policy.full_recompute_layers
+        residual = grid.tp if grid.sequence_parallel else 1
+        found += width * layers * size.hidden_size * load.seq_length / grid.cp / residual
+    if policy.tower_recompute == "offload" and load.tiles:
+        tower = config.model.vision
+        tokens = (tower.tile_size // tower.patch_size) ** 2 + tower.prefix_tokens
+        found += width * load.dealt_tiles(grid.pack_ranks) * tokens * tower.hidden_size * tower.num_layers
+    return found
 
 
 def _states(config: RunConfig, grid: Grid, policy: Policy, width: int) -> dict[str, float]:
@@ -95,41 +126,73 @@ def _states(config: RunConfig, grid: Grid, policy: Policy, width: int) -> dict[s
     # A float32 weight is its own master.
     state_bytes = states.optimizer if width == 2 else 8
     weights = gradients = optimizer = 0.0
+    quantized = _quantized(config)
     for part, row in trainable(config).items():
         # Half of every adapter is whole on all TP ranks: too little to count.
         share = grid.tp if part == "language" else 1
         holders = grid.gpus / share
-        weights += row.held / share * width
+        weights += (row.held * width + 2 * quantized.get(part, 0)) / share
         gradients += row.trained / share * states.gradient
         optimizer += row.trained / share * state_bytes / (holders if config.optim.distributed else 1)
     return {"weights": weights, "gradients": gradients, "optimizer": optimizer}
 
 
-def _language(size: LanguageConfig, grid: Grid, tokens: float, policy: Policy, *, frozen: bool) -> tuple[float, float]:
-    """Numbers that the layers of a rank keep, and that exist only while one of them is at work."""
+def _fp8_layers(config: RunConfig, layers: int, ends: int) -> range:
+    return inner_layers(layers, ends) if config.precision.fp8 == "blockwise" else range(0)
+
+
+def _quantized(config: RunConfig) -> dict[str, int]:
+    """Parameters of each part that FP8 training keeps quantised."""
+    places = {
+        "vision": _fp8_layers(config, config.model.vision.num_layers, config.precision.bf16_blocks),
+        "language": _fp8_layers(config, config.model.language.num_layers, config.precision.bf16_layers),
+    }
+    found = dict.fromkeys(config.model.parts, 0)
+    for linear in linears(config.model):
+        inside = config.precision.fp8 == "blockwise"
+        if linear.part in places:
+            inside = int(linear.name.split(".")[2]) in places[linear.part]
+        found[linear.part] += linear.inputs * linear.outputs * inside
+    return found
+
+
+def _language(
+    size: LanguageConfig, grid: Grid, tokens: float, policy: Policy, *, frozen: bool, fp8: range
+) -> tuple[float, float]:
+    """Numbers that the layers of a rank keep, and how many more there are at the worst moment of backward."""
     residual = grid.tp if grid.sequence_parallel else 1
-    layers = {kind: _kept(size, kind, grid, frozen, policy) for kind in "M*-"}
-    one_layer = {kind: split / grid.tp + whole / residual for kind, (split, whole) in layers.items()}
+    layers = {
+        (kind, inside): _kept(size, kind, grid, frozen, policy, inside) for kind in "M*-" for inside in (False, True)
+    }
+    one_layer = {key: split / grid.tp + whole / residual for key, (split, whole) in layers.items()}
+    stack = [one_layer[kind, place in fp8] for place, kind in enumerate(size.hybrid_pattern)]
     recomputed = size.num_layers if policy.full_recompute_layers is None else policy.full_recompute_layers
-    kept = recomputed * size.hidden_size / residual
-    kept += sum(one_layer[kind] for kind in size.hybrid_pattern[recomputed:])
-    working = _backward_peak(size) / grid.tp
-    if policy.selective_recompute:
-        working += max(size.ffn_hidden_size, size.mamba_inner_size) / grid.tp + size.hidden_size / residual
-    if recomputed:
-        working += max(one_layer[kind] for kind in size.hybrid_pattern[:recomputed])
-    return kept * tokens, working * tokens
+    in_flight = min(_INPUTS_IN_FLIGHT / max(recomputed, 1), 1.0) if policy.inputs_on_host else 1.0
+    held = [in_flight * size.hidden_size / residual] * recomputed + stack[recomputed:]
+    dropped = {"M": size.mamba_inner_size, "*": 0, "-": size.ffn_hidden_size}
+    worst = given_back = 0.0
+    for place, kind in reversed(list(enumerate(size.hybrid_pattern))):
+        made = _made_in_backward(size, kind, grid, tokens) / grid.tp
+        if policy.selective_recompute:
+            made += dropped[kind] / grid.tp + size.hidden_size / residual
+        if place < recomputed:
+            made += stack[place]
+        worst = max(worst, made - given_back)
+        given_back += held[place]
+    return sum(held) * tokens, worst * tokens
 
 
-def _kept(size: LanguageConfig, kind: str, grid: Grid, frozen: bool, policy: Policy) -> tuple[float, float]:
+def _kept(size: LanguageConfig, kind: str, grid: Grid, frozen: bool, policy: Policy, fp8: bool) -> tuple[float, float]:
     """Numbers a token that one layer keeps: those that TP splits, and those only sequence parallelism splits.
 
-    A frozen linear does not keep its input: only its weight's gradient would need it.
+    A frozen linear does not keep its input: only its weight's gradient would need it. One in FP8 keeps a quantised copy
+    whatever is recomputed, and nobody else keeps the original but attention its own output.
     """
     # Selective recomputation makes the inputs of linears again, but for the product of a SwiGLU.
     made_again = policy.selective_recompute and (kind != "-" or size.activation != "swiglu")
-    norm = size.hidden_size * (1 if frozen or policy.selective_recompute else 2)  # in, and out for the projection
-    trained = 0 if frozen or made_again else 1
+    read = 0.0 if frozen else _FP8_COPY if fp8 else 1.0
+    norm = size.hidden_size * (1 + (read if fp8 or not policy.selective_recompute else 0))  # in, and out for a linear
+    trained = read if fp8 or not made_again else 0.0
     if kind == "M":
         inner = size.mamba_inner_size
         channels = inner + 2 * size.mamba_num_groups * size.mamba_state_dim
@@ -139,21 +202,33 @@ def _kept(size: LanguageConfig, kind: str, grid: Grid, frozen: bool, policy: Pol
         queries = size.num_attention_heads * size.head_dim
         seen = grid.cp if grid.gathers_keys(size) else 1
         qkv = queries + 2 * size.num_query_groups * size.head_dim * seen
-        return qkv + queries + 2 * size.num_attention_heads, norm
+        return qkv + queries * (1 + (read if fp8 else 0)) + 2 * size.num_attention_heads, norm
     inside = 3 if size.activation == "swiglu" else 1
     return size.ffn_hidden_size * (inside + trained), norm
 
 
-def _backward_peak(size: LanguageConfig) -> float:
-    """Numbers a token, before TP, that the hungriest layer's backward pass makes beside what was kept."""
-    mlp = 2.0 * size.ffn_hidden_size
-    if "M" not in size.hybrid_pattern:
-        return mlp
-    inner = size.mamba_inner_size
-    projected = 2 * inner + 2 * size.mamba_num_groups * size.mamba_state_dim + size.mamba_num_heads
-    # Chunk states are float32, two numbers' room each: the states, their gradients, and those passed on.
-    states = 3 * 2 * inner * size.mamba_state_dim / size.chunk_size
-    return max(mlp, 2 * projected + 6 * inner + states)
+def _made_in_backward(size: LanguageConfig, kind: str, grid: Grid, tokens: float) -> float:
+    """Numbers a token, before TP, that a layer's backward pass makes beside what was kept."""
+    if kind == "*":
+        # Gradients of queries, keys, values and of the output.
+        return (2.0 * size.num_attention_heads + 2 * size.num_query_groups) * size.head_dim
+    if kind == "-":
+        return 2.0 * size.ffn_hidden_size
+    inner, groups = size.mamba_inner_size, size.mamba_num_groups
+    convolved = inner + 2 * groups * size.mamba_state_dim
+    projected = inner + convolved + size.mamba_num_heads
+    # Gradients of the layer's output, of the scan's and of the projection's; the convolution's output and its gradient.
+    made = 2 * inner + projected + 2 * convolved
+    # Products of every c with every b of its chunk and their gradients, float32: two numbers' room each.
+    made += 2 * 2 * groups * size.chunk_size
+    # Chunk states, float32 too: their gradients from each chunk's outputs, of all pieces of a pack that is too long for
+    # one call; and for one piece at a time the states and those passed on.
+    states = 2 * inner * size.mamba_state_dim / size.chunk_size
+    columns = max(
+        projected, inner * size.mamba_state_dim // size.chunk_size, size.mamba_num_heads * size.mamba_state_dim
+    )
+    pieces = math.ceil(tokens * columns / grid.tp / 2**31)
+    return made + states * (1 + 2 / pieces)
 
 
 def _vision(config: RunConfig, grid: Grid, load: PackLoad, policy: Policy, *, trained: bool) -> float:
@@ -164,17 +239,25 @@ def _vision(config: RunConfig, grid: Grid, load: PackLoad, policy: Policy, *, tr
     tiles = load.dealt_tiles(grid.pack_ranks)
     tower = model.vision
     tokens = (tower.tile_size // tower.patch_size) ** 2 + tower.prefix_tokens
-    kept, widths = 0.0, _TOWER_WIDTHS_LIVE
+    kept, widths = 0.0, float(_TOWER_WIDTHS_LIVE)
     at_once = min(tiles, TILES_AT_A_TIME)
     if trained:
         own = policy.tower_recompute
-        dropped = {"none": 0, "selective": _TOWER_WIDTHS_MADE_AGAIN, "full": _TOWER_WIDTHS_KEPT - 1}
+        dropped: dict[str, float] = {
+            "none": 0,
+            "selective": _TOWER_WIDTHS_MADE_AGAIN,
+            "full": _TOWER_WIDTHS_KEPT - 1,
+            "offload": _TOWER_WIDTHS_KEPT - _INPUTS_IN_FLIGHT / tower.num_layers,
+        }
         if own == "tiles":
             again = min(tiles, TILES_ENCODED_AGAIN)
             kept = again * tokens * tower.hidden_size * tower.num_layers * _TOWER_WIDTHS_KEPT
             at_once = again
         else:
             kept = tiles * tokens * tower.hidden_size * tower.num_layers * (_TOWER_WIDTHS_KEPT - dropped[own])
+            if own not in ("full", "offload"):
+                blocks = len(_fp8_layers(config, tower.num_layers, config.precision.bf16_blocks))
+                kept += tiles * tokens * tower.hidden_size * blocks * (_FP8_TOWER_WIDTHS + dropped[own])
             widths += dropped[own]
     live = at_once * tokens * tower.hidden_size * widths
     joined = 4 * tower.hidden_size
@@ -187,5 +270,5 @@ def _logits(size: LanguageConfig, grid: Grid, load: PackLoad, policy: Policy, wi
     positions = (load.seq_length if policy.head_everywhere else load.head_tokens) / grid.cp
     if not policy.chunked_loss:
         return positions * rows * _LOGIT_BYTES_WHOLE
-    logits = min(positions, rows_at_a_time(math.ceil(rows), width)) * rows
-    return logits * width + _FLOAT_LOGIT_COPIES * 4 * min(logits, FLOAT_LOGITS)
+    # Their kernels hold float32 numbers in registers alone.
+    return min(positions, rows_at_a_time(math.ceil(rows), width)) * rows * width

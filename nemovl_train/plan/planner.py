@@ -12,7 +12,7 @@ from nemovl_train.config.validate import MOST_BF16_SUMS
 from nemovl_train.exceptions import ConfigError
 from nemovl_train.plan.hardware import GPU_TYPES, STORAGE_BYTES, Gpu
 from nemovl_train.plan.load import Grid, PackLoad, grid_of, heaviest, pack_of
-from nemovl_train.plan.memory import Memory, memory
+from nemovl_train.plan.memory import Memory, host_bytes, memory
 from nemovl_train.plan.policy import LEANER, STATES, Policy, leaner, policy_of
 from nemovl_train.plan.timing import StepTime, pack_flops, step_time
 from nemovl_train.plan.traffic import Flow, flows
@@ -33,6 +33,7 @@ class Plan:
         load: An average pack.
         heaviest: A pack of images alone, in a run with images.
         memory: Bytes of one rank with the heaviest pack.
+        host_bytes: Of one rank in host memory, with `recompute.*=offload` and `optim.offload`.
         time: Seconds of one step.
         flows: Communication of one step.
     """
@@ -43,6 +44,7 @@ class Plan:
     load: PackLoad
     heaviest: PackLoad
     memory: Memory
+    host_bytes: float
     time: StepTime
     flows: list[Flow]
 
@@ -140,6 +142,7 @@ def make_plan(config: RunConfig, policy: Policy | None = None) -> Plan:
         load=load,
         heaviest=heaviest(config, load),
         memory=memory(config, grid, heaviest(config, load), policy),
+        host_bytes=host_bytes(config, grid, heaviest(config, load), policy),
         time=step_time(config, grid, load, gpu, packs=packs, policy=policy),
         flows=flows(config, grid, load, policy, gpu, packs=packs),
     )
@@ -170,7 +173,7 @@ def would_fit(plan: Plan) -> dict[str, dict[str, Any]]:
         if options.get("optim.states") == "lean" and plan.packs_per_rank > MOST_BF16_SUMS:
             continue
         total = memory(leaner(plan.config, options), plan.grid, plan.heaviest).total
-        name = " ".join(f"{key}={value}" for key, value in options.items())
+        name = " ".join(f"{key}={str(value).lower()}" for key, value in options.items())
         rows[name] = {"bytes": round(total), "fits": total <= room}
     return rows
 
@@ -273,8 +276,8 @@ def _unmeasured(plan: Plan) -> Iterator[str]:
         unmeasured.append("links between nodes")
     if plan.grid.cp > 1:
         unmeasured.append("our exchange over context parallel ranks")
-    if plan.load.tiles:
-        unmeasured.append("the tower")
+    if plan.host_bytes:
+        unmeasured.append("copies to host memory, which count as hidden")
     if unmeasured:
         yield f"times rest on assumptions for {', '.join(unmeasured)}"
 
@@ -323,6 +326,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
             "components": {name: round(value) for name, value in plan.memory.components().items()},
             "total": round(plan.memory.total),
             "outside_pool": plan.gpu.outside_pool_bytes,
+            "host": round(plan.host_bytes),
             "device": plan.gpu.memory_bytes,
             "headroom": round(plan.headroom),
             "fits": plan.fits,

@@ -31,16 +31,20 @@ class Policy:
     Attributes:
         states: Bytes of gradient and optimizer state of a bfloat16 weight.
         full_recompute_layers: Language layers, from the first, that keep their input alone; None is all of them.
+        inputs_on_host: They keep it in host memory.
+        states_on_host: Optimizer state is in host memory but for the update.
         selective_recompute: The other layers make outputs of norms, squared ReLU and gated norm again.
-        tower_recompute: `none`, `selective`, `full` or `tiles`, as in `recompute.vision`.
+        tower_recompute: `none`, `selective`, `full`, `offload` or `tiles`, as in `recompute.vision`.
         fused_gated_norm: The gated norm keeps no input of its own: it is part of the scan's kernel or, over context
             parallel ranks, reads the scan's output again.
-        chunked_loss: Logits exist for some positions at a time, made again in backward; else all at once.
+        chunked_loss: Logits exist for some positions at a time; else all at once.
         head_everywhere: Logits are made at every position, not at the supervised ones alone.
     """
 
     states: StateBytes = FP32_STATES
     full_recompute_layers: int | None = 0
+    inputs_on_host: bool = False
+    states_on_host: bool = False
     selective_recompute: bool = False
     tower_recompute: str = "none"
     fused_gated_norm: bool = True
@@ -56,24 +60,33 @@ def policy_of(config: RunConfig) -> Policy:
     recompute = config.recompute
     return Policy(
         states=STATES[config.optim.states],
-        full_recompute_layers=recompute.language_layers if recompute.language == "full" else 0,
+        full_recompute_layers=recompute.language_layers if recompute.language in ("full", "offload") else 0,
+        inputs_on_host=recompute.language == "offload",
+        states_on_host=config.optim.offload,
         selective_recompute=recompute.language == "selective",
         tower_recompute=recompute.vision,
     )
 
 
-LEANER = (
+LEANER: tuple[dict[str, str | bool], ...] = (
     {"recompute.language": "selective", "recompute.vision": "full"},
     {"recompute.language": "full", "recompute.vision": "full"},
     {"recompute.language": "full", "recompute.vision": "tiles"},
     {"recompute.language": "full", "recompute.vision": "full", "optim.states": "bf16_moments"},
     {"recompute.language": "full", "recompute.vision": "tiles", "optim.states": "bf16_moments"},
     {"recompute.language": "full", "recompute.vision": "tiles", "optim.states": "lean"},
+    {"recompute.language": "offload", "recompute.vision": "tiles", "optim.states": "bf16_moments"},
+    {
+        "recompute.language": "offload",
+        "recompute.vision": "tiles",
+        "optim.states": "bf16_moments",
+        "optim.offload": True,
+    },
 )
 """Options that a plan tries for a run that does not fit, from the least cost to the largest."""
 
 
-def leaner(config: RunConfig, options: dict[str, str]) -> RunConfig:
+def leaner(config: RunConfig, options: dict[str, str | bool]) -> RunConfig:
     """A config with such options."""
     for key, value in options.items():
         section, _, leaf = key.partition(".")

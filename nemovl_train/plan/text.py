@@ -1,13 +1,17 @@
 """Plans as text for a terminal: tables, and bars of memory and time."""
 
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 
 from nemovl_train.plan.calibration import compare
 from nemovl_train.plan.hardware import GIB
 from nemovl_train.plan.planner import Plan, node_scaling, packing_saves, warnings, would_fit
+from nemovl_train.plan.projection import MEASURED, MODELLED, projection
 from nemovl_train.plan.trainable import trainable, trainable_text
 
 _BAR = 40
+_WIDTH = 118
+_RATE = "tokens_per_second_per_gpu"
 
 
 def plan_text(plan: Plan) -> str:
@@ -38,7 +42,32 @@ def schedule_text(plans: Sequence[Plan]) -> str:
     hours, gpu_hours = sum(p.hours for p in plans), sum(p.hours * p.grid.gpus for p in plans)
     rows.append(["all", "", "", "", "", "", "", "", f"{hours:.1f}", f"{gpu_hours:,.0f}"])
     said = [f"{plan.config.run.stage}: {text}" for plan in plans for text in warnings(plan)]
-    return "\n".join([*_table(rows), "", *_list("warnings", said), _calibrated()])
+    return "\n".join([*_table(rows), "", *_projection(plans), *_list("warnings", said), _calibrated()])
+
+
+def _projection(plans: Sequence[Plan]) -> list[str]:
+    """Beside the paper's GPU-hours, for the schedule that it is about."""
+    found = projection(plans)
+    if not found:
+        return []
+    rows = [["stage", "GPU-hours", "paper's", "ratio", "tok/s/GPU", "paper's", "on measured rates"]]
+    for row in found:
+        rates = [f"{row[key]:,.0f}" if key in row else "" for key in (_RATE, f"paper_{_RATE}")]
+        planned, paper = row["gpu_hours"], row["paper_gpu_hours"]
+        times = f"{paper / planned:.2f} x faster" if planned < paper else f"{planned / paper:.2f} x slower"
+        rows.append(
+            [row["stage"], f"{planned:,.0f}", f"{paper:,.0f}", times, *rates, f"{int(100 * row['share_measured'])}%"]
+        )
+    return [
+        "projected, beside the paper (arXiv 2511.03929, table 2; its nodes are taken to have 8 H100; it trained in",
+        "FP8, this is bfloat16; tokens count padding, as the paper's do)",
+        "",
+        *_table(rows),
+        "",
+        *textwrap.wrap(f"measured on H100 GPUs, one or four: {', '.join(MEASURED.values())}", _WIDTH),
+        *textwrap.wrap(f"modelled: {', '.join(MODELLED.values())}", _WIDTH),
+        "",
+    ]
 
 
 def search_text(plans: Sequence[Plan]) -> str:
@@ -67,11 +96,12 @@ def search_text(plans: Sequence[Plan]) -> str:
 
 def calibration_text() -> str:
     """Measured against planned, case by case."""
-    rows = [["case", "GiB measured", "planned", "error", "s measured", "planned", "error"]]
+    rows = [["case", "program", "GiB measured", "planned", "error", "s measured", "planned", "error"]]
     for row in compare():
         rows.append(
             [
                 str(row["case"]),
+                str(row["program"]),
                 f"{row['measured_gib']}",
                 f"{row['planned_gib']}",
                 f"{float(row['memory_error']):+.1%}",
@@ -82,12 +112,12 @@ def calibration_text() -> str:
         )
     return "\n".join(
         [
-            "megatron-core 0.19.2 on 4 x H100 80 GB, text only. Training with this project is not among the cases yet.",
+            "Measured on H100 80 GB: megatron-core's own layers on four, this project's on one.",
             "",
             *_table(rows),
             "",
-            "tp4_16k and tp4_4k_without_sp gave the planner its rates; the other times are predictions. The two CP",
-            "cases include the seconds that their profiles give to exchanging whole Mamba channels; ours does not.",
+            "tp4_16k, tp4_4k_without_sp and unit_visual gave the planner its rates; other times are predictions. Cases",
+            "with CP include what their profiles give to exchanging whole Mamba channels; ours does not.",
         ]
     )
 
@@ -130,6 +160,8 @@ def _memory(plan: Plan) -> Iterator[str]:
     total = sum(parts.values()) / GIB
     verdict = f"{plan.headroom / GIB:.1f} left" if plan.fits else f"{-plan.headroom / GIB:.1f} too much"
     yield f"  {'total':<18}{total:7.2f}  {verdict}"
+    if plan.host_bytes:
+        yield f"  in host memory      {plan.host_bytes / GIB:5.2f}  of each rank"
     for name, row in would_fit(plan).items():
         yield f"  with {name}: {row['bytes'] / GIB:.1f} GiB in the pool, fits: {_yes(row['fits'])}"
 
@@ -186,7 +218,7 @@ def _calibrated() -> str:
     memory = max(abs(float(row["memory_error"])) for row in rows)
     time = max(abs(float(row["time_error"])) for row in rows)
     return (
-        f"held against {len(rows)} measured runs of megatron-core: memory within {memory:.0%}, time within {time:.0%} "
+        f"held against {len(rows)} measured runs: memory within {memory:.0%}, time within {time:.0%} "
         "(nemovl plan --calibration)"
     )
 

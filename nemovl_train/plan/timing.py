@@ -16,16 +16,17 @@ from nemovl_train.plan.trainable import adapted_parts, trainable
 # Seconds on the profiled GPU; device memory bounds these kernels, so they scale with its copy rate.
 _MIXER = 0.82e-6 / 10240
 """Of convolution, scan and gated norm, forward and backward, a token and inner channel (0.82 us a token and layer)."""
-_ELEMENTWISE = 41e-3 / (32768 / 4 * 62 * 5120)
-"""Of norms, activations and residual additions, a token, layer and hidden channel of a rank."""
+_ELEMENTWISE = 81e-3 / (32768 / 4 * 62 * 5120)
+"""Of norms, activations, residual additions, copies and the rest, a token, layer and hidden channel of a rank."""
 _UPDATE = 50e-3 / (12.31e9 / 4)
 """Of clipping and AdamW, a parameter whose optimizer state the rank holds."""
 _LAUNCHES_PER_LAYER = 57
 """Kernel launches a layer and pack, forward and backward: 14,162 in a step of 4 packs through 62 layers."""
 _LAUNCH = 129e-6
 """Host time of a launch, on the virtual machine of the profile; a faster host has less."""
-_TOWER_EFFICIENCY = 0.72
-"""The tower's matrix products are narrow: share of the GEMM rate. Assumed."""
+_TOWER_EFFICIENCY = 0.64
+"""The tower's matrix products are narrow: share of the GEMM rate that makes case `unit_visual` as far off as the same
+layers without a tower, `unit_selective`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +132,6 @@ def _kernels(
     recompute_mixing = 1 + again / size.num_layers / 3
     # Norms and activations run forward once more in either case.
     elementwise = 4 / 3 if policy.selective_recompute else recompute_mixing
-    head = work.head * (1 + 1 / passes) if policy.chunked_loss else work.head
     layers = work.mamba + work.mlp + work.attention - work.attention_core
     slower = GPU_TYPES["h100_80gb"].copy_bytes / gpu.copy_bytes
     tokens = load.seq_length / grid.pack_ranks
@@ -139,11 +139,11 @@ def _kernels(
     share = load.dealt_tiles(grid.pack_ranks) / load.tiles if load.tiles else 0.0
     tower = work.vision * (
         4 / 3
-        if load.tiles and policy.tower_recompute in ("full", "tiles") and trainable(config)["vision"].learns
+        if load.tiles and policy.tower_recompute in ("full", "offload", "tiles") and trainable(config)["vision"].learns
         else 1
     )
     return {
-        "matrices": (layers * recompute + head) / grid.pack_ranks / gpu.gemm_flops,
+        "matrices": (layers * recompute + work.head) / grid.pack_ranks / gpu.gemm_flops,
         "attention": work.attention_core * recompute_mixing / grid.pack_ranks / gpu.attention_flops,
         "mixer": slower * _MIXER * tokens * mamba_channels * recompute_mixing,
         "elementwise": slower * _ELEMENTWISE * tokens * size.num_layers * size.hidden_size * elementwise,

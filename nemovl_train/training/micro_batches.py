@@ -67,7 +67,8 @@ def forward_backward(
                 telemetry.saw(batch, token_loss_L)
             return loss, torch.ones((), dtype=torch.int, device=loss.device), {"loss": loss.detach()}
 
-        return stage(batch), weighted_sum
+        # megatron-core neither divides nor scales a loss that is a sum over tokens (`calculate_per_token_loss`).
+        return stage(batch, weights_are_final=True), weighted_sum
 
     outputs = forward_backward_no_pipelining(
         forward_step_func=forward_step,

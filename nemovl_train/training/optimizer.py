@@ -26,6 +26,7 @@ from nemovl_train.exceptions import UserError
 from nemovl_train.model.vlm import NemotronVL
 from nemovl_train.parallel.layout import Layout
 from nemovl_train.training.micro_batches import forward_backward
+from nemovl_train.training.optimizer_offload import Resting
 from nemovl_train.training.optimizer_state import load_state, sharded_state
 from nemovl_train.training.telemetry import Telemetry
 
@@ -101,6 +102,8 @@ class Optimizers:
                 )
                 self.sides.append(Side(name, ddp, optimizer, groups))
         self.chained = ChainedOptimizer([side.optimizer for side in self.sides])
+        inner = [one.optimizer for side in self.sides for one in _chain(side.optimizer) if one.optimizer is not None]
+        self.resting = Resting(inner, model) if optim.offload else None
         self._telemetry: Telemetry | None = None
         self._attach()
 
@@ -124,6 +127,8 @@ class Optimizers:
     ) -> torch.Tensor:
         """Micro-batch by micro-batch; gradients land in the DDP buffers and are reduced after the last."""
         self._telemetry = telemetry
+        if self.resting is not None:
+            self.resting.rest()
         return forward_backward(self.model, packs, scales, self.layout, telemetry=telemetry, between=between)
 
     @contextmanager
@@ -173,8 +178,14 @@ class Optimizers:
             return norm
         for side in self.sides:
             self._clip(side.optimizer.get_parameters(), norm)
+        self._wake()
         self.chained.step_with_ready_grads()
         return norm
+
+    def _wake(self) -> None:
+        """Have optimizer state on the device."""
+        if self.resting is not None:
+            self.resting.wake()
 
     def _gradient_norm(self) -> float:
         """Norm over all sides and ranks. Collective.
@@ -225,6 +236,7 @@ class Optimizers:
 
     def sharded_state_dict(self, model_state: dict[str, Any], *, is_loading: bool = False) -> dict[str, Any]:
         """Optimizer state by side, reshardable to other TP, CP and DP sizes."""
+        self._wake()
         return {
             f"{side.name}.{number}": (
                 sharded_state(inner, model_state, is_loading=is_loading)
@@ -237,6 +249,7 @@ class Optimizers:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `sharded_state_dict` described, after it was filled from disk."""
+        self._wake()
         for side in self.sides:
             for number, inner in enumerate(_chain(side.optimizer)):
                 load = load_state if isinstance(inner, DistributedOptimizer) else type(inner).load_state_dict

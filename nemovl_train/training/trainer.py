@@ -29,12 +29,14 @@ from nemovl_train.parallel.agree import from_every_rank, on_first_rank
 from nemovl_train.parallel.layout import Layout
 from nemovl_train.plan.trainable import trainable_text
 from nemovl_train.training import spikes
-from nemovl_train.training.callbacks import Callback, MetricsFile, ProgressLine, trackers
+from nemovl_train.training.callbacks import Callback, MetricsFile, Profile, ProgressLine, trackers
 from nemovl_train.training.control import Control
 from nemovl_train.training.deadline import SAFETY, Deadline
+from nemovl_train.training.dry_run import dry_run
 from nemovl_train.training.ending import Ending, decisive_options
 from nemovl_train.training.engine import open_engine
 from nemovl_train.training.folder import StageFolder, resolve_checkpoint
+from nemovl_train.training.kernel_choices import tune_once
 from nemovl_train.training.lost_process import explained, shared_store
 from nemovl_train.training.lr import learning_rate
 from nemovl_train.training.micro_batches import StepDroppedError
@@ -122,6 +124,7 @@ class Trainer:
             backend=config.precision.backend,
             seed=config.trainer.seed,
             recompute=config.recompute,
+            precision=config.precision,
         )
         self.state = TrainState(seed=config.trainer.seed, config_hash=config_hash(config))
         resumed_from = folder.newest_checkpoint()
@@ -172,6 +175,10 @@ class Trainer:
             closing.callback(self.stream.close)
             for callback in self.callbacks:
                 closing.callback(callback.close)
+            tune_once(self.model, self.layout, self.config.data.seq_length)
+            if self.config.trainer.dry_run:
+                dry_run(self.engine, self._next_packs()[0][0], self.config, self.layout, self.folder.path)
+                return ExitCode.OK
             self._call("on_start")
             self.validation.measure_if_due(self.state)
             while not self._has_ended():
@@ -394,6 +401,8 @@ class Trainer:
             self.callbacks.append(trackers.tensorboard(self.folder.path))
         if options.wandb:
             self.callbacks.append(trackers.wandb(self.folder.path, name=label, config=redact(to_plain(self.config))))
+        if self.config.profile.steps:
+            self.callbacks.append(Profile(self.folder.path, self.config.profile))
 
     def _call(self, hook: str, *args: object) -> None:
         for callback in self.callbacks:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -153,3 +154,10 @@ def test_composing_imports_neither_torch_nor_megatron():
         [sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_a_profile_and_fp8_are_one_word_each():
+    assert compose_run("tiny/stage1_sft_16k").profile.steps == 0
+    assert compose_run("tiny/stage1_sft_16k", ["profile=on"]).profile.steps == 2
+    stage = "nano_12b_v2_vl/stage1_sft_16k"
+    assert compose_run(stage, ["precision=fp8"]).precision == replace(compose_run(stage).precision, fp8="blockwise")

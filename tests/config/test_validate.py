@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from nemovl_train.config.compose import compose_run
+from nemovl_train.config.dump import config_diff
 from nemovl_train.config.schema import ModelConfig, RunConfig
 from nemovl_train.config.validate import validate_run, world_problems
 from nemovl_train.exceptions import ConfigError
@@ -64,7 +65,7 @@ def changed(config, key: str, value):
         ("optim.states", "lean", "needs precision.params=bf16"),
         ("optim.states", "bf16", "did you mean bf16_moments?"),
         ("recompute.language", "selectve", "did you mean selective?"),
-        ("recompute.vision", "0", "choose from none, selective, full, tiles"),
+        ("recompute.vision", "0", "choose from none, selective, full, offload, tiles"),
         ("recompute.language_layers", 2, "recompute.language=full alone"),
         ("checkpoint.keep_last", 0, "at least 1"),
         ("data.packing", "balance", "did you mean balanced"),
@@ -112,6 +113,56 @@ def test_frozen_text_only_model_needs_no_media_rows(base: RunConfig):
     text = changed(changed(base, "model.parts", ("language",)), "model.language.vocab_size", 2560)
     assert validate_run(changed(text, "trainer.train", ("language",))) == []
     assert "not among model.parts" in validate_run(text)[0]
+
+
+@pytest.fixture(scope="module")
+def full_size() -> RunConfig:
+    fp8 = ["cluster=h100_x8", "precision.fp8=blockwise"]
+    return compose_run("nano_12b_v2_vl/stage1_sft_16k", fp8)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "part"),
+    [
+        ("precision.fp8", "blockwize", "did you mean blockwise?"),
+        ("precision.bf16_layers", -1, "at least 0"),
+        ("precision.params", "fp32", "needs precision.params=bf16"),
+        ("precision.backend", "torch", "needs precision.backend=te"),
+        ("engine.name", "deepspeed", "set precision.fp8=none with engine.name=deepspeed"),
+        ("cluster.gpu", "a100_80gb", "has no FP8"),
+        ("model.vision.prefix_tokens", 8, "nearest: 16, or keep the tower in bf16 with precision.bf16_blocks=16"),
+        ("model.vision.hidden_size", 1288, "nearest: 1280 or 1296"),
+        ("model.projector.ffn_hidden_size", 20472, "nearest: 20464 or 20480"),
+        ("model.language.hidden_size", 5128, "nearest: 5120 or 5136"),
+        ("model.language.mamba_num_heads", 136, "Mamba projection 23944"),
+    ],
+)
+def test_what_fp8_asks_for(full_size: RunConfig, key: str, value, part: str):
+    found = validate_run(changed(full_size, key, value))
+    assert any(part in problem for problem in found), found
+
+
+def test_fp8_wants_whole_blocks_of_tokens_on_every_rank(full_size: RunConfig):
+    """The scan's chunk is the rule otherwise; half a chunk shows that this one is its own."""
+    half = changed(full_size, "model.language.chunk_size", 64)
+    ranks = half.parallel.tp * half.parallel.cp
+    odd = changed(half, "data.seq_length", 64 * ranks * 3)
+    (problem,) = validate_run(odd)
+    assert f"a multiple of 128 on each of parallel.tp x parallel.cp = {ranks} ranks" in problem
+    assert f"nearest: {128 * ranks} or {256 * ranks}" in problem
+    assert validate_run(changed(odd, "precision.fp8", "none")) == []
+
+
+def test_every_full_size_recipe_can_train_in_fp8():
+    for stage in ("stage0_projector_warmup", "stage1_sft_16k", "stage4_long_context_300k"):
+        for cluster in ("h100_x4", "h100_x64"):
+            config = compose_run(f"nano_12b_v2_vl/{stage}", [f"cluster={cluster}", "precision.fp8=blockwise"])
+            assert config.precision.fp8 == "blockwise"
+
+
+def test_a_run_in_bf16_is_continued_in_fp8_only_when_told(full_size: RunConfig):
+    (change,) = config_diff(changed(full_size, "precision.fp8", "none"), full_size)
+    assert str(change) == "precision.fp8: 'none' -> 'blockwise'"
 
 
 def test_a_layout_that_its_cluster_does_not_allow_is_said_once(base: RunConfig):

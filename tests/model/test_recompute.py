@@ -9,6 +9,7 @@ import torch
 from small_vlm import CONFIG
 
 from nemovl_train.config.schema import ParallelConfig, RecomputeConfig
+from nemovl_train.model import offload
 from nemovl_train.model.batch import PackBatch
 from nemovl_train.model.vlm import build_model
 from nemovl_train.parallel.layout import Layout
@@ -71,11 +72,15 @@ def everything_kept(layout, pack):
         {"vision": "selective"},
         {"vision": "full"},
         {"vision": "tiles"},
+        {"language": "offload"},
+        {"language": "offload", "language_layers": 2},
+        {"vision": "offload"},
         {"language": "selective", "vision": "tiles"},
     ],
     ids=str,
 )
-def test_the_same_comes_out_and_less_is_kept(recompute, layout, pack, everything_kept):
+def test_the_same_comes_out_and_less_is_kept(recompute, layout, pack, everything_kept, monkeypatch):
+    monkeypatch.setattr(offload, "SMALLEST", 2)
     loss, grads, held = outcome(layout, pack, **recompute)
     expected_loss, expected, everything = everything_kept
     assert held < everything
@@ -94,14 +99,48 @@ def test_more_is_dropped_from_policy_to_policy(layout, pack, everything_kept):
     assert held[1] < held[0] < everything_kept[2]
 
 
-@pytest.mark.parametrize("policy", ["selective", "full"])
+@pytest.mark.parametrize("policy", ["selective", "full", "offload"])
 @pytest.mark.parametrize("train", [("language",), ("projector",)], ids=lambda t: t[0])
-def test_with_frozen_parts(policy, train, layout, pack):
+def test_with_frozen_parts(policy, train, layout, pack, monkeypatch):
+    monkeypatch.setattr(offload, "SMALLEST", 2)
     expected_loss, expected, _ = outcome(layout, pack, train=train)
     loss, grads, _ = outcome(layout, pack, train=train, language=policy, vision=policy)
     torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-6)
     assert grads.keys() == expected.keys()
     assert all((grads[n] - expected[n]).norm() <= 1e-5 * expected[n].norm() + 1e-7 for n in grads)
+
+
+def test_inputs_go_to_the_host_and_come_back_before_they_are_asked_for(layout, pack, everything_kept, monkeypatch):
+    monkeypatch.setattr(offload, "SMALLEST", 2)
+    sent, ready = [], []
+    begin, get = offload.Offloaded.__init__, offload.Offloaded.get
+
+    def noted(self, *args):
+        begin(self, *args)
+        sent.append(id(self))
+
+    def asked(self):
+        ready.append((id(self), self._fetched is not None))
+        return get(self)
+
+    monkeypatch.setattr(offload.Offloaded, "__init__", noted)
+    monkeypatch.setattr(offload.Offloaded, "get", asked)
+    _, grads, _ = outcome(layout, pack, language="offload")
+    layers = CONFIG.language.num_layers
+    assert len(sent) == layers, "one tensor a layer: its input"
+    assert [handle for handle, _ in ready] == sent[::-1]
+    assert [there for _, there in ready] == [False] + [True] * (layers - 1), "only the last input is waited for"
+    assert all(torch.equal(grads[name], everything_kept[1][name]) for name in grads)
+
+
+def test_what_is_fetched_is_what_backward_reads(layout, pack, everything_kept, monkeypatch):
+    """Negative control."""
+    monkeypatch.setattr(offload, "SMALLEST", 2)
+    get = offload.Offloaded.get
+    monkeypatch.setattr(offload.Offloaded, "get", lambda self: torch.zeros_like(get(self)))
+    _, grads, _ = outcome(layout, pack, language="offload")
+    name = "language_model.decoder.layers.1.mlp.linear_fc2.weight"
+    assert (grads[name] - everything_kept[1][name]).norm() > 0.1 * everything_kept[1][name].norm()
 
 
 def test_a_wrong_remake_is_seen(layout, pack, everything_kept, monkeypatch):

@@ -61,28 +61,37 @@ def weights_of(mode, labels):
     return weight / weight.sum()
 
 
+BOTH = pytest.mark.parametrize("known", [False, True], ids=["gradient in backward", "gradient in forward"])
+
+
+@BOTH
 @pytest.mark.parametrize("mode", LOSS_MODES)
 @pytest.mark.parametrize("chunk", [5, TOKENS])
-def test_loss_and_gradients_in_every_mode(mode, chunk, group):
+def test_loss_and_gradients_in_every_mode(mode, chunk, known, group):
     hidden, weight, labels = inputs()
     loss_weight = weights_of(mode, labels)
     expected, (of_hidden, of_weight) = plain(hidden, weight, labels, loss_weight)
-    losses = token_loss(hidden, head(weight, group), labels, chunk=chunk)
+    gradient = loss_weight.float() if known else None
+    losses = token_loss(hidden, head(weight, group), labels, chunk=chunk, gradient=gradient)
     torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=1e-6)
     (losses * loss_weight.float()).sum().backward()
     assert (hidden.grad - of_hidden).norm() <= 1e-6 * of_hidden.norm()
     assert (weight.grad - of_weight).norm() <= 1e-6 * of_weight.norm()
 
 
+@BOTH
 @pytest.mark.parametrize("buffer", [torch.float32, torch.bfloat16])
-def test_bf16_weight_gradients_go_to_the_optimizers_buffer(buffer, group):
+def test_bf16_weight_gradients_go_to_the_optimizers_buffer(buffer, known, group):
     """They are added to what is there, in the buffer's precision; what autograd gets is no memory of its own."""
     hidden, weight, labels = inputs(torch.bfloat16)
     loss_weight = weights_of("token", labels)
     _, (of_hidden, of_weight) = plain(hidden, weight, labels, loss_weight)
     weight.main_grad = torch.full(weight.shape, 0.5, dtype=buffer)
     weight.grad_added_to_main_grad = False
-    losses = token_loss(hidden, head(weight, group), labels, chunk=5)
+    gradient = loss_weight.float() if known else None
+    losses = token_loss(hidden, head(weight, group), labels, chunk=5, gradient=gradient)
+    weight.main_grad[:, 0] += 1  # between forward and backward other parts of the buffer may change
+    weight.main_grad[:, 0] -= 1
     (losses * loss_weight.float()).sum().backward()
     assert weight.grad_added_to_main_grad
     assert weight.grad.dtype == weight.dtype
@@ -92,15 +101,51 @@ def test_bf16_weight_gradients_go_to_the_optimizers_buffer(buffer, group):
     assert (hidden.grad - of_hidden).norm() <= 0.02 * of_hidden.norm()
 
 
-def test_a_frozen_head_has_no_gradient_and_passes_it_on(group):
+@BOTH
+def test_a_frozen_head_has_no_gradient_and_passes_it_on(known, group):
     hidden, weight, labels = inputs()
-    expected, (of_hidden, _) = plain(hidden, weight, labels, weights_of("token", labels))
+    loss_weight = weights_of("token", labels)
+    expected, (of_hidden, _) = plain(hidden, weight, labels, loss_weight)
     weight.requires_grad_(False)
-    losses = token_loss(hidden, head(weight, group), labels)
-    (losses * weights_of("token", labels).float()).sum().backward()
+    losses = token_loss(hidden, head(weight, group), labels, gradient=loss_weight.float() if known else None)
+    (losses * loss_weight.float()).sum().backward()
     assert weight.grad is None
     assert (hidden.grad - of_hidden).norm() <= 1e-6 * of_hidden.norm()
     torch.testing.assert_close(losses.detach().double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_known_gradients_give_the_same_bits_from_three_products(group, monkeypatch):
+    """Two of them in forward without logits kept, against four."""
+    found, products = [], []
+    monkeypatch.setattr(
+        module.F, "linear", lambda *operands: products.append(1) or torch.matmul(operands[0], operands[1].t())
+    )
+    for known in (False, True):
+        hidden, weight, labels = inputs(torch.bfloat16)
+        loss_weight = weights_of("square", labels).float()
+        before = len(products)
+        losses = token_loss(hidden, head(weight, group), labels, chunk=5, gradient=loss_weight if known else None)
+        (losses * loss_weight).sum().backward()
+        found.append((losses.detach(), hidden.grad, weight.grad, len(products) - before))
+    for backward, forward in zip(*(numbers[:3] for numbers in found), strict=True):
+        assert torch.equal(backward, forward)
+    assert found[0][3] == 2 * found[1][3]
+
+
+def test_other_gradients_than_were_known_are_refused(group):
+    hidden, weight, labels = inputs()
+    loss_weight = weights_of("token", labels).float()
+    losses = token_loss(hidden, head(weight, group), labels, gradient=loss_weight)
+    with pytest.raises(RuntimeError, match="other weights than"):
+        (losses * loss_weight * 2).sum().backward()
+
+
+def test_without_gradients_nothing_is_made_in_forward(group):
+    hidden, weight, labels = inputs()
+    weight.main_grad = torch.zeros(weight.shape)
+    with torch.no_grad():
+        token_loss(hidden, head(weight, group), labels, gradient=weights_of("token", labels).float())
+    assert not weight.main_grad.any()
 
 
 def test_logits_too_large_for_exp(group):

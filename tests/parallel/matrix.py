@@ -229,7 +229,7 @@ def _zero_gradients(scans, piece_lefts, rank_lefts, group, original=mixer._gradi
 
 
 def _zero_halos(mixed, reach, pieces, group, original=mixer._halos):
-    return [torch.zeros_like(halo) for halo in original(mixed, reach, pieces, group)]
+    return [lambda halo=halo: torch.zeros_like(halo()) for halo in original(mixed, reach, pieces, group)]
 
 
 def _own_tokens_only(part, group):

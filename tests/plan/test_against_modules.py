@@ -124,3 +124,19 @@ def test_weights_gradients_and_states_are_those_of_the_optimizer(layout):
         if isinstance(value, torch.Tensor) and value.numel() > 1
     )
     assert planned.optimizer == pytest.approx(held, rel=1e-3)
+
+
+def test_weights_that_fp8_keeps_are_those_of_the_layers_that_run_in_it(model):
+    """Two bytes for each number of a linear layer's weight inside the modules that the model wraps."""
+    from nemovl_train.model.vlm import _fp8_modules
+
+    precision = PrecisionConfig(params="bf16", fp8="blockwise", bf16_layers=1, bf16_blocks=0)
+    ends = ("linear_fc1", "linear_fc2", "linear_qkv", "linear_proj", "in_proj", "out_proj")
+    held = sum(
+        part.weight.numel()
+        for module in _fp8_modules(model, precision)
+        for name, part in module.named_modules()
+        if name.endswith(ends)
+    )
+    quantized = memory(replace(TRAIN_ALL, precision=precision), Grid(), LOAD).weights
+    assert quantized - memory(TRAIN_ALL, Grid(), LOAD).weights == 2 * held > 0

@@ -9,17 +9,17 @@ import pytest
 from nemovl_train.config.compose import compose_run
 from nemovl_train.config.schema import RunConfig
 from nemovl_train.exceptions import ConfigError
-from nemovl_train.plan.calibration import CASES, compare
+from nemovl_train.plan.calibration import CASES, MEGATRON_CORE, NEMOVL, compare
 from nemovl_train.plan.hardware import GIB, GPU_TYPES
 from nemovl_train.plan.load import Grid, pack_of
-from nemovl_train.plan.memory import memory
+from nemovl_train.plan.memory import _kept, _made_in_backward, memory
 from nemovl_train.plan.planner import make_plan, node_scaling, to_json, warnings, would_fit
-from nemovl_train.plan.policy import Policy, policy_of
+from nemovl_train.plan.policy import STATES, Policy, policy_of
 from nemovl_train.plan.search import search
 from nemovl_train.plan.traffic import flows
 
 KEPT = ("cluster=h100_x8", "recompute.language=none", "recompute.vision=none")
-MEASURED = Path(__file__).parents[2] / "benchmarks/results/2026-11-22_megatron_core_4xh100.json"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 def recipe(stage: str, *overrides: str) -> RunConfig:
@@ -28,14 +28,14 @@ def recipe(stage: str, *overrides: str) -> RunConfig:
 
 @pytest.mark.parametrize("row", compare(), ids=lambda row: row["case"])
 def test_plans_meet_measured_runs(row):
-    assert abs(row["memory_error"]) < 0.1
-    assert abs(row["time_error"]) < 0.2
+    assert abs(row["memory_error"]) < 0.05
+    assert abs(row["time_error"]) < 0.1
 
 
-def test_the_measured_numbers_are_those_of_the_result_file():
-    stored = json.loads(MEASURED.read_text())["cases"]
-    assert {case.name for case in CASES} == set(stored)
-    for case in CASES:
+def test_the_measured_numbers_are_those_of_the_result_files():
+    stored = json.loads((RESULTS / "2026-11-22_megatron_core_4xh100.json").read_text())["cases"]
+    assert {case.name for case in CASES if case.program == MEGATRON_CORE} == set(stored)
+    for case in (case for case in CASES if case.program == MEGATRON_CORE):
         row = stored[case.name]
         assert (case.seconds, case.peak_gib, case.packs) == (row["seconds"], row["peak_gib"], row["packs"])
         assert (case.seq_length, sum(case.documents)) == (row["seq_length"], row["seq_length"])
@@ -44,6 +44,65 @@ def test_the_measured_numbers_are_those_of_the_result_file():
         assert case.foreign_seconds == pytest.approx(sum(row.get("profile_seconds", {}).values()))
         if isinstance(row["documents"], list):
             assert list(case.documents) == row["documents"]
+
+
+def test_this_projects_numbers_are_those_of_the_result_file():
+    """`unit_head` ran with an earlier form of the loss and is left out."""
+    rows = json.loads((RESULTS / "2026-11-25_train_units_1xh100.json").read_text())["rows"]
+    stored = {row["case"]: row for row in rows}
+    ours = [case for case in CASES if case.program == NEMOVL]
+    assert {case.name for case in ours} == {name for name in stored if name.startswith("unit_")} - {"unit_head"}
+    for case in ours:
+        row, options = stored[case.name], stored[case.name]["options"]
+        left = row["before_gib"] if row["before_gib"] > 0.1 else 0.0
+        assert case.seconds == pytest.approx(row["median_step_seconds"], abs=5e-4)
+        assert case.peak_gib == pytest.approx(row["peak_gib"] - left, abs=0.06)
+        assert (case.language.hybrid_pattern, case.language.vocab_size) == (
+            options["hybrid_pattern"],
+            options["vocab_size"],
+        )
+        assert (case.packs, case.seq_length) == (options["micro_batches"], options["seq_length"])
+        assert case.tower_blocks == options["vision_layers"]
+        assert case.tiles * 256 == options["visual"] * options["seq_length"]
+        assert case.policy.states == STATES[options["optim"]["states"]]
+        recompute = options["recompute"]
+        assert (case.policy.full_recompute_layers is None) == (recompute["language"] == "full")
+        assert case.policy.selective_recompute == (recompute["language"] == "selective")
+        assert case.policy.tower_recompute == recompute["vision"]
+
+
+def test_the_page_shows_the_errors_of_today():
+    page = (RESULTS.parents[1] / "docs" / "planning.md").read_text()
+    for row in compare():
+        numbers = [row["measured_gib"], row["planned_gib"], f"{row['memory_error']:+.1%}"]
+        numbers += [f"{row['measured_seconds']:.3f}", f"{row['planned_seconds']:.3f}", f"{row['time_error']:+.1%}"]
+        assert f"| `{row['case']}` | {' | '.join(map(str, numbers))} |" in page, row
+
+
+def test_memory_peaks_where_layers_before_the_hungriest_still_keep():
+    """By hand: backward of the first Mamba layer from the end, when one MLP and its input have gone."""
+    config = recipe("stage3_code_recovery_49k", *KEPT)
+    size, load, grid = config.model.language, pack_of(config), Grid(tp=8, sequence_parallel=True)
+    found = memory(config, grid, load)
+    tokens = load.seq_length
+    inner, projected, convolved = 10240, 22656, 10240 + 2 * 8 * 128
+    states, products = 3 * 2 * inner * 128 / 128, 2 * 2 * 8 * 128
+    mamba = 2 * inner + projected + 2 * convolved + products + states
+    mlp = 2 * size.ffn_hidden_size + 2 * size.hidden_size
+    assert found.working + found.logits == pytest.approx(2 * tokens * (mamba - mlp) / 8)
+
+
+@pytest.mark.parametrize("tokens", [32768, 131072, 311296])
+def test_a_mamba_layer_takes_what_was_measured(tokens):
+    """One layer of the 12B by itself over two context parallel ranks; the longest pack goes through in two pieces."""
+    rows = json.loads((RESULTS / "2026-11-25_mamba_context_2xh100.json").read_text())["rows"]
+    (measured,) = (r["peak_gib"] for r in rows if (r["form"], r["tokens"]) == ("state_passing", tokens))
+    size = replace(recipe("stage4_long_context_300k").model.language, hybrid_pattern="M")
+    grid, own = Grid(cp=2), tokens / 2
+    kept, hidden = _kept(size, "M", grid, False, Policy(), fp8=False)
+    parameters = 2 * 5120 * (22_656 + 10_240) * 2  # weights and their gradients, bfloat16
+    planned = (kept + hidden + _made_in_backward(size, "M", grid, own)) * 2 * own + parameters
+    assert planned / GIB == pytest.approx(measured, rel=0.1)
 
 
 def test_pack_of_samples():
@@ -121,10 +180,10 @@ def test_what_does_not_fit_names_the_options_that_make_it_fit():
 
 
 def test_what_fits_in_another_layout_says_which():
-    plan = make_plan(recipe("stage1_sft_16k", "cluster=h100_x64", "parallel.tp=4"))
+    plan = make_plan(recipe("stage1_sft_16k", "cluster=h100_x64", "parallel.tp=2"))
     first = warnings(plan)[0]
     assert first.startswith("does not fit")
-    assert first.endswith("set parallel.tp=8 parallel.cp=1 parallel.sequence_parallel=true")
+    assert first.endswith("set parallel.tp=4 parallel.cp=1 parallel.sequence_parallel=true")
     assert make_plan(recipe("stage1_sft_16k", "cluster=h100_x64", *first.split("; set ")[1].split())).fits
 
 
@@ -258,3 +317,39 @@ def test_adapters_by_hand():
         config, adapter=replace(config.adapter, rank=0), trainer=replace(config.trainer, train=("vision",))
     )
     assert make_plan(frozen).memory.activations < plan.memory.activations
+
+
+def test_fp8_halves_what_linears_keep_and_leaves_nothing_to_select():
+    plain, fp8 = (recipe("stage1_sft_16k", *KEPT, f"precision.fp8={fp8}") for fp8 in ("none", "blockwise"))
+    load, grid, size = pack_of(plain), Grid(tp=4, sequence_parallel=True), plain.model.language
+    kept = [memory(config, grid, load).activations for config in (plain, fp8)]
+    # Inputs of both linears of the 60 layers between the ends lose 15/32 of their bytes, attention's output is kept
+    # twice; an MLP layer's is 4 x hidden wide inside, a Mamba layer's 2 x hidden, and each reads its norm's output.
+    inner = size.hybrid_pattern[1:-1]
+    counts = {kind: inner.count(kind) for kind in "M*-"}
+    inputs = counts["M"] * 3 + counts["-"] * 5 + counts["*"]
+    numbers = load.seq_length * size.hidden_size / grid.tp
+    saved = numbers * (inputs * (1 - 33 / 64) - counts["*"] * 33 / 64)
+    assert kept[0] - kept[1] == pytest.approx(2 * saved)
+    selective = replace(fp8, recompute=replace(fp8.recompute, language="selective"))
+    ends = kept[1] - memory(selective, grid, load).activations
+    assert 0 < ends < 0.05 * kept[1], "only the layers at the ends drop anything"
+
+
+def test_what_goes_to_the_host_leaves_the_device():
+    full = recipe("stage4_long_context_300k", "cluster=h100_x8", "recompute.language=full")
+    offload = replace(full, recompute=replace(full.recompute, language="offload"))
+    plans = [make_plan(config) for config in (full, offload)]
+    layers = full.model.language.num_layers
+    gone = plans[0].memory.activations - plans[1].memory.activations
+    assert gone == pytest.approx(plans[0].memory.activations * (layers - 3) / layers)
+    assert plans[0].host_bytes == 0
+    assert plans[1].host_bytes == pytest.approx(plans[0].memory.activations)
+    assert to_json(plans[1])["memory"]["host"] == round(plans[1].host_bytes)
+
+    resting = make_plan(replace(full, optim=replace(full.optim, offload=True)))
+    before, after = plans[0].memory, resting.memory
+    passing = before.activations + before.working + before.vision + before.logits
+    # Of what passes and what rests the larger counts.
+    assert after.total == pytest.approx(before.total - min(before.optimizer, passing))
+    assert resting.host_bytes == pytest.approx(before.optimizer)

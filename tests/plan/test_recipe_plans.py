@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -12,10 +12,14 @@ from nemovl_train.config.compose import compose_run, compose_schedule, compose_s
 from nemovl_train.config.dump import config_hash
 from nemovl_train.config.recipes import list_recipes, recipe_kind
 from nemovl_train.exceptions import ConfigError
+from nemovl_train.plan.cli import plan as plan_verb
 from nemovl_train.plan.planner import make_plan, to_json
+from nemovl_train.plan.projection import MEASURED, MODELLED
 from nemovl_train.plan.search import search
+from nemovl_train.plan.timing import StepTime
 
 ROOT = Path(__file__).parents[2]
+SCHEDULE = "recipe=nano_12b_v2_vl/schedule"
 CLUSTERS = {"h100_x4": 4, "h100_x8": 8, "h100_x64": 64, "h100_x512": 512}
 RUNS = [name for name in list_recipes() if name.startswith("nano_") and recipe_kind(name) == "run"]
 
@@ -94,6 +98,31 @@ def test_data_and_models_lie_where_the_environment_says(monkeypatch):
     assert data.sources["code_reasoning"].path == "/scratch/sets/nano_v2_vl/code_reasoning"
     assert data.tokenizer.startswith("/scratch/models/")
     assert compose_schedule("nano_12b_v2_vl/schedule").parts.vision == "/scratch/models/C-RADIOv2-H"
+
+
+def test_the_schedule_is_projected_beside_the_papers_hours(capsys):
+    """Hours are nodes x 8 GPUs x hours of table 2; what is measured and what is modelled is every part of a step."""
+    assert plan_verb([SCHEDULE, "--json"]) == 0
+    found = {row["stage"]: row for row in json.loads(capsys.readouterr().out)["projection"]}
+    paper = {name: row["paper_gpu_hours"] for name, row in found.items()}
+    assert list(paper.values()) == [1536, 15360, 7680, 1792, 2816, 29184]
+    assert set(paper) == {*PAPER, "all"}
+    assert set(MEASURED) | set(MODELLED) == {field.name for field in fields(StepTime)}
+    assert not set(MEASURED) & set(MODELLED)
+    for stage in PAPER:
+        made = make_plan(compose_run(f"nano_12b_v2_vl/{stage}"))
+        times = made.time.components()
+        assert found[stage]["gpu_hours"] == pytest.approx(made.hours * 512)
+        assert found[stage]["share_measured"] == pytest.approx(
+            1 - sum(times[name] for name in MODELLED) / made.time.total
+        )
+    assert found["stage1_sft_16k"]["paper_tokens_per_second_per_gpu"] == pytest.approx(2034, rel=0.001)
+    assert plan_verb([SCHEDULE, "cluster.gpu=h200_141gb"]) == 0
+    printed = capsys.readouterr().out
+    assert "paper's" in printed
+    assert "0%" in printed, "rates of an H200 are not measured"
+    assert plan_verb(["recipe=tiny/schedule"]) == 0
+    assert "paper's" not in capsys.readouterr().out
 
 
 def test_stage2_repeats_stage1_in_its_proportions():

@@ -7,6 +7,8 @@ Shape legend: S tokens of the piece, C chunks, D channels of the convolution, W 
 N state width. The kernels want a batch dimension of 1 in front.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from causal_conv1d.cpp_functions import causal_conv1d_bwd_function, causal_conv1d_fwd_function
@@ -169,14 +171,17 @@ class BackwardScan:
         return a, d, dt_bias
 
 
-def conv_forward(x: Tensor, weight: Tensor, bias: Tensor, ids: Tensor, halo: Tensor, halo_ids: Tensor) -> Tensor:
+def conv_forward(
+    x: Tensor, weight: Tensor, bias: Tensor, ids: Tensor, halo: Callable[[], Tensor], halo_ids: Tensor
+) -> Tensor:
     """Convolution and SiLU of a piece; see `phases.conv_forward`."""
     out = _conv(x, weight, bias, ids)
-    if len(halo):
+    before = halo()
+    if len(before):
         # The kernel has no states before a pack with document numbers. Only the first outputs see the halo: they are
         # made again, from a sequence of their own, instead of copying the whole piece behind its halo.
-        first, first_ids = _around_start(x, ids, halo, halo_ids)
-        out[: len(halo)] = _conv(first, weight, bias, first_ids)[len(halo) :]
+        first, first_ids = _around_start(x, ids, before, halo_ids)
+        out[: len(before)] = _conv(first, weight, bias, first_ids)[len(before) :]
     return out
 
 

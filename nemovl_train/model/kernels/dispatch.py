@@ -159,8 +159,13 @@ def phases(tensor: Tensor) -> ModuleType:
     return plain
 
 
+def has_kernels(device: torch.device) -> bool:
+    """Whether a device's layers run on mamba-ssm's and causal-conv1d's kernels."""
+    return device.type == "cuda" and _installed()
+
+
 def _has_kernels(tensor: Tensor) -> bool:
-    return tensor.is_cuda and _installed()
+    return has_kernels(tensor.device)
 
 
 @functools.cache

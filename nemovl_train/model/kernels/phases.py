@@ -9,6 +9,7 @@ Shape legend: S tokens of the piece, D channels of the convolution, W taps, G gr
 width.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -131,7 +132,9 @@ def _scan(
     )
 
 
-def conv_forward(x: Tensor, weight: Tensor, bias: Tensor, ids: Tensor, halo: Tensor, halo_ids: Tensor) -> Tensor:
+def conv_forward(
+    x: Tensor, weight: Tensor, bias: Tensor, ids: Tensor, halo: Callable[[], Tensor], halo_ids: Tensor
+) -> Tensor:
     """Convolution and SiLU of a piece whose first tokens see the tokens before it.
 
     Args:
@@ -139,13 +142,15 @@ def conv_forward(x: Tensor, weight: Tensor, bias: Tensor, ids: Tensor, halo: Ten
         weight: [D, W].
         bias: [D].
         ids: [1, S] int32.
-        halo: [W - 1, D], the tokens before; [0, D] where there are none.
+        halo: Gives [W - 1, D], the tokens before; [0, D] where there are none. Asked as late as possible: they may be
+            on their way.
         halo_ids: [W - 1] int32, or [0].
 
     Returns:
         [S, D].
     """
-    return reference.causal_conv(torch.cat([halo, x]), weight, bias, _joined(halo_ids, ids))[len(halo) :]
+    before = halo()
+    return reference.causal_conv(torch.cat([before, x]), weight, bias, _joined(halo_ids, ids))[len(before) :]
 
 
 def conv_backward(
@@ -158,7 +163,7 @@ def conv_backward(
     leaves = [t.detach().requires_grad_() for t in (x, weight, bias, halo)]
     with torch.enable_grad():
         x_leaf, weight_leaf, bias_leaf, halo_leaf = leaves
-        out = conv_forward(x_leaf, weight_leaf, bias_leaf, ids, halo_leaf, halo_ids)
+        out = conv_forward(x_leaf, weight_leaf, bias_leaf, ids, lambda: halo_leaf, halo_ids)
     grad_x, grad_weight, grad_bias, grad_halo = torch.autograd.grad(out, leaves, grad)
     into.copy_(grad_x)
     return grad_weight, grad_bias, grad_halo
