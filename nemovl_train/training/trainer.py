@@ -107,6 +107,9 @@ class Trainer:
         self.config, self.folder, self.layout = config, folder, layout
         self.watchdog = watchdog or Watchdog(folder.path / "stacks", layout.rank, 0)
         dtype = DTYPES[config.precision.params]
+        resumed_from = folder.newest_checkpoint()
+        # Drawing billions of numbers on a CPU takes minutes. Where a checkpoint replaces them all, any will do.
+        replaced = resumed_from is not None or config.trainer.init_from is not None
         self.model = build_model(
             config.model,
             layout,
@@ -114,9 +117,9 @@ class Trainer:
             backend=config.precision.backend,
             seed=config.trainer.seed,
             recompute=config.recompute,
+            draw_on=layout.device if replaced else "cpu",
         )
         self.state = TrainState(seed=config.trainer.seed, config_hash=config_hash(config))
-        resumed_from = folder.newest_checkpoint()
         if resumed_from is None:
             self._load_initial_weights()
         elif config.adapter.rank:
