@@ -14,7 +14,8 @@ from data_pipelines.config import LOSS_MODES, LOSS_UNITS, PACKING_MODES
 from nemovl_train.config.adapters import adapter_problems
 from nemovl_train.config.nearest import did_you_mean, nearest_multiples
 from nemovl_train.config.schema import PARTS, EvalConfig, RunConfig, RunSection, ScheduleConfig, VisionConfig
-from nemovl_train.parallel.legality import layout_problems
+from nemovl_train.exceptions import ConfigError
+from nemovl_train.parallel.legality import launched_processes, layout_problems, nearest_context
 
 ACTIVATIONS = ("squared_relu", "swiglu")
 POSITIONS = ("none", "rope")
@@ -90,6 +91,13 @@ def world_problems(config: RunConfig, world_size: int) -> list[str]:
         f"trainer.global_batch={config.trainer.global_batch}: {dp} data parallel ranks would share it, some would "
         f"never see data; use at least {dp}, or at most {config.trainer.global_batch * group} processes"
     ]
+
+
+def refuse_processes(stages: Sequence[RunConfig]) -> None:
+    """Raise ConfigError where this run's processes do not suit a stage; asked before torch is imported."""
+    found = [problem for stage in stages for problem in world_problems(stage, launched_processes())]
+    if found:
+        raise ConfigError(list(dict.fromkeys(found)))
 
 
 def validate_schedule(config: ScheduleConfig, stages: Sequence[RunConfig]) -> list[str]:
@@ -437,9 +445,17 @@ def _layout(config: RunConfig) -> Iterator[str]:
     yield from found
     # With an illegal layout the nearest length would be illegal as well: leave it out of the product.
     unit, name = config.model.language.chunk_size, "model.language.chunk_size"
+    cp = nearest_context(parallel, config.data.seq_length, unit) if group > 1 and unit > 0 and not found else None
     if not found and group > 1:
         unit, name = unit * group, f"parallel.tp x parallel.cp x {name}"
-    yield from _divisible("data.seq_length", config.data.seq_length, name, unit)
+    if cp is not None and cp != parallel.cp:
+        # The length is what the recipe is about, and does for another layout: the layout is what is wrong.
+        yield (
+            f"parallel.cp={parallel.cp}: data.seq_length={config.data.seq_length} does not divide into whole chunks "
+            f"({name} = {unit}); set parallel.cp={cp}, or data.seq_length={nearest_multiples(config.data.seq_length, unit)}"
+        )
+    else:
+        yield from _divisible("data.seq_length", config.data.seq_length, name, unit)
     if config.evaluation.sources:
         yield from _divisible("evaluation.seq_length", config.evaluation.seq_length, name, unit)
 
