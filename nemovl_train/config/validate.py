@@ -450,9 +450,10 @@ def _layout(config: RunConfig) -> Iterator[str]:
         unit, name = unit * group, f"parallel.tp x parallel.cp x {name}"
     if cp is not None and cp != parallel.cp:
         # The length is what the recipe is about, and does for another layout: the layout is what is wrong.
+        length = config.data.seq_length
         yield (
-            f"parallel.cp={parallel.cp}: data.seq_length={config.data.seq_length} does not divide into whole chunks "
-            f"({name} = {unit}); set parallel.cp={cp}, or data.seq_length={nearest_multiples(config.data.seq_length, unit)}"
+            f"parallel.cp={parallel.cp}: data.seq_length={length} does not divide into whole chunks ({name} = {unit}); "
+            f"set parallel.cp={cp}, or data.seq_length={nearest_multiples(length, unit)}"
         )
     else:
         yield from _divisible("data.seq_length", config.data.seq_length, name, unit)
