@@ -240,7 +240,7 @@ def load(source: Path | Verified, *, model: ShardedModel, optimizer: ShardedOpti
     if optimizer is not None:
         sharded["optimizer"] = optimizer.sharded_state_dict(sharded["model"], is_loading=True)
     try:
-        loaded = _read(sharded, folder / SHARDED)
+        loaded = read_sharded(sharded, folder / SHARDED)
     except (CheckpointingException, CheckpointException, KeyError) as error:
         raise CheckpointError(f"{folder} does not fit this model: {last_line(error)}") from error
     model.load_state_dict(loaded["model"], strict=True)
@@ -249,8 +249,16 @@ def load(source: Path | Verified, *, model: ShardedModel, optimizer: ShardedOpti
     return json.loads((folder / "state.json").read_text(encoding="utf-8"))
 
 
-def _read(sharded: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """megatron-core's `dist_checkpointing.load` over our files: its own reader unpickles what it finds."""
+def read_sharded(sharded: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """megatron-core's `dist_checkpointing.load` over our files: its own reader unpickles what it finds.
+
+    Args:
+        sharded: Sharded tensors to fill, by name, in sections; what they hold now is written over.
+        folder: `sharded` folder of a verified checkpoint.
+
+    Returns:
+        The same sections with plain tensors.
+    """
     reader = IndexedReader(folder)
     wanted, loaded, factories = load_preprocess(sharded)
     wanted, _ = extract_sharded_base(wanted)

@@ -15,6 +15,7 @@ from nemovl_train.config.dump import Change, config_diff, config_hash, dump_yaml
 from nemovl_train.config.schema import RunConfig
 from nemovl_train.exceptions import CheckpointError, ConfigError
 from nemovl_train.parallel.agree import on_first_rank
+from nemovl_train.training.handover import read_handover
 from nemovl_train.training.lock import FolderLock
 from nemovl_train.training.validation import stopped_at
 
@@ -80,9 +81,10 @@ class StageFolder:
         self._held.close()
 
     def is_done(self) -> bool:
-        """All steps are taken and, where asked for, the evaluation is written."""
+        """All steps are taken, where asked for the evaluation is written, and frozen parts are as they were."""
         evaluated = (self.path / "evaluation.json").is_file() or not self.config.evaluation.sources
-        return evaluated and (self.last_checkpoint / "COMPLETE").is_file()
+        sound = not read_handover(self.path).get("changed_tensors")
+        return evaluated and sound and (self.last_checkpoint / "COMPLETE").is_file()
 
     def newest_checkpoint(self) -> sealed.Verified | None:
         """Where to continue; every rank gets the same. Collective."""

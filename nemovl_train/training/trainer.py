@@ -14,6 +14,7 @@ from data_pipelines.loader import PackStream
 from data_pipelines.schema import Pack
 from nemovl_train.checkpoint import sealed
 from nemovl_train.checkpoint.base import load_base, refuse_adapters
+from nemovl_train.checkpoint.lineage import write_lineage
 from nemovl_train.checkpoint.retention import Keep
 from nemovl_train.checkpoint.saving import Saver
 from nemovl_train.config.dump import config_hash, redact, to_plain
@@ -33,6 +34,7 @@ from nemovl_train.training.control import Control
 from nemovl_train.training.deadline import SAFETY, Deadline
 from nemovl_train.training.engine import open_engine
 from nemovl_train.training.folder import StageFolder, resolve_checkpoint
+from nemovl_train.training.handover import hand_over
 from nemovl_train.training.lost_process import explained
 from nemovl_train.training.lr import learning_rate
 from nemovl_train.training.micro_batches import StepDroppedError
@@ -271,6 +273,7 @@ class Trainer:
             ) from error
         self.state.parent = str(folder)
         self.state.parent_seal = on_first_rank(lambda: sealed.seal_of(folder))
+        on_first_rank(lambda: write_lineage(self.folder.path, folder))
 
     def _restore(self, found: sealed.Verified) -> None:
         folder = found.folder
@@ -363,6 +366,7 @@ class Trainer:
             )
         if evaluated is None:
             return self._requeue()
+        hand_over(self, evaluated)
         self._call("on_end")
         log.info("%s: done after %d steps", self.folder.path, self.state.step)
         # Asked to stop too late to matter for this stage, but not for what would come after it.
