@@ -410,7 +410,7 @@ def _rest(config: RunConfig) -> Iterator[str]:
     yield from _at_least("checkpoint.every_steps", config.checkpoint.every_steps, 1)
     # Retention must never remove the last good checkpoint.
     yield from _at_least("checkpoint.keep_last", config.checkpoint.keep_last, 1)
-    for key in ("keep_every", "keep_best", "grace_s"):
+    for key in ("keep_every", "keep_best", "grace_s", "nodes_at_once"):
         yield from _at_least(f"checkpoint.{key}", getattr(config.checkpoint, key), 0)
     yield from _at_least("evaluation.max_samples", config.evaluation.max_samples, 1)
     yield from _at_least("evaluation.predictions", config.evaluation.predictions, 0)

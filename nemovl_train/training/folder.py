@@ -11,6 +11,7 @@ from pathlib import Path
 
 from nemovl_train.checkpoint import sealed
 from nemovl_train.checkpoint.files import explain_disk_errors, replace_text
+from nemovl_train.checkpoint.lineage import FILE as LINEAGE
 from nemovl_train.config.dump import Change, config_diff, config_hash, dump_yaml, load_yaml
 from nemovl_train.config.schema import RunConfig
 from nemovl_train.exceptions import CheckpointError, ConfigError
@@ -83,7 +84,10 @@ class StageFolder:
     def is_done(self) -> bool:
         """All steps are taken, where asked for the evaluation is written, and frozen parts are as they were."""
         evaluated = (self.path / "evaluation.json").is_file() or not self.config.evaluation.sources
-        sound = not read_handover(self.path).get("changed_tensors")
+        record = read_handover(self.path)
+        # What began with a parent ends with a comparison; stages without a record of their start are older than it.
+        compared = bool(record) or not (self.path / LINEAGE).is_file()
+        sound = compared and not record.get("changed_tensors")
         return evaluated and sound and (self.last_checkpoint / "COMPLETE").is_file()
 
     def newest_checkpoint(self) -> sealed.Verified | None:

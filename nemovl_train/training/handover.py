@@ -41,7 +41,9 @@ def hand_over(trainer: Trainer, evaluation: dict[str, Any]) -> None:
     config, state, folder = trainer.config, trainer.state, trainer.folder.path
     frozen = [part for part in trainer.model.part_modules() if part not in config.trainer.train]
     parent = on_first_rank(lambda: _parent(state.parent, state.parent_seal))
-    compared = frozen if parent is not None and not config.adapter.rank else []
+    # DeepSpeed holds weights in pieces of its own, and adapters leave every weight of their base alone.
+    plain = config.engine.name == "megatron" and not config.adapter.rank
+    compared = frozen if parent is not None and plain else []
     changed = changed_tensors(trainer.model, compared, parent) if compared and parent is not None else []
     record = {
         "step": state.step,

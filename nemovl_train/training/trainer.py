@@ -266,7 +266,7 @@ class Trainer:
         folder = found.folder if isinstance(found, sealed.Verified) else found
         on_first_rank(lambda: refuse_adapters(folder))
         try:
-            sealed.load(found, model=self.model)
+            sealed.load(found, model=self.model, nodes_at_once=self.config.checkpoint.nodes_at_once)
         except sealed.DamagedError as error:
             raise CheckpointError(
                 f"{error}; remove {folder} and start what made it again: it continues from the checkpoint before"
@@ -277,7 +277,8 @@ class Trainer:
 
     def _restore(self, found: sealed.Verified) -> None:
         folder = found.folder
-        raw = sealed.load(found, model=self.engine.weights, optimizer=self.engine)
+        at_once = self.config.checkpoint.nodes_at_once
+        raw = sealed.load(found, model=self.engine.weights, optimizer=self.engine, nodes_at_once=at_once)
         restored = TrainState.from_json(raw, folder / "state.json")
         if restored.seed != self.state.seed and not self.folder.recognised:
             raise CheckpointError(f"{folder}: seed differs from this run's; choose another run.stage")
