@@ -31,6 +31,7 @@ from ranks import rank_parser, start_ranks
 
 PEAK_FLOPS = 989e12
 STALL_SECONDS = 240
+SIGMA = 0.9
 
 
 def main() -> None:
@@ -210,8 +211,8 @@ def _rates(seconds: list[float], tokens: list[int], work: list[float], gpus: int
 
 def make_packs(case: Any, config: Any, dp_rank: int) -> list:
     """Packs of random documents, image tokens first, every other token a target; sizes rounded as in training."""
+    import numpy as np
     import torch
-    from train_cases import document_lengths
 
     sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "tests" / "gpu")]
     from gpu_packs import random_pack
@@ -221,7 +222,11 @@ def make_packs(case: Any, config: Any, dp_rank: int) -> list:
 
     buckets, packs = DataConfig(), []
     for number in range(case.packs):
-        lengths = document_lengths(case, dp_rank, number)
+        random = np.random.default_rng([dp_rank, number])
+        lengths = [case.seq_length] if not case.mean_tokens else []
+        while (left := case.seq_length - sum(lengths)) > 0:
+            drawn = random.lognormal(np.log(case.mean_tokens) - SIGMA**2 / 2, SIGMA)
+            lengths.append(min(left, max(int(drawn), 16)))
         tiles = tuple(int(length * case.visual / config.tokens_per_tile) for length in lengths)
         pack = random_pack(
             config, lengths=tuple(lengths), tiles=tiles, seq_length=case.seq_length, seed=1000 * dp_rank + number

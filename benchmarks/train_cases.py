@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
 from nemovl_train.config.schema import (
@@ -21,7 +20,6 @@ from nemovl_train.config.schema import (
 )
 
 FOLDER = Path(__file__).parent / "cases"
-SIGMA = 0.9
 SECTIONS = {"parallel": ParallelConfig, "recompute": RecomputeConfig, "optim": OptimConfig}
 
 
@@ -106,16 +104,6 @@ class Case:
             projector=projector,
             tokens=TokenIds(image=rows, image_start=rows + 1, image_end=rows + 2, video=rows + 9),
         )
-
-
-def document_lengths(case: Case, dp_rank: int, number: int) -> list[int]:
-    """Tokens of the documents of a pack, drawn anew and alike for a rank and number."""
-    random = np.random.default_rng([dp_rank, number])
-    lengths = [case.seq_length] if not case.mean_tokens else []
-    while (left := case.seq_length - sum(lengths)) > 0:
-        drawn = random.lognormal(np.log(case.mean_tokens) - SIGMA**2 / 2, SIGMA)
-        lengths.append(min(left, max(int(drawn), 16)))
-    return lengths
 
 
 def load_case(name: str, changes: list[str]) -> Case:
