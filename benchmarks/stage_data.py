@@ -57,13 +57,13 @@ class Shape:
 
 
 SHAPES = {
-    "text": Shape(samples=24, asked=1400, answered=2000),
-    "code": Shape(samples=12, asked=4000, answered=12200),
+    "text": Shape(samples=8, asked=1400, answered=2000),
+    "code": Shape(samples=6, asked=4000, answered=12200),
     # Two of them fill a pack of 311,296 tokens; the paper's mean is 162,162.
     "long": Shape(samples=4, asked=140000, answered=15500),
     # Four tiles and a thumbnail.
-    "picture": Shape(samples=24, asked=300, answered=700, pictures=1, tiles_wide=2),
-    "frames": Shape(samples=12, asked=100, answered=400, pictures=32),
+    "picture": Shape(samples=8, asked=300, answered=700, pictures=1, tiles_wide=2),
+    "frames": Shape(samples=4, asked=100, answered=400, pictures=32),
 }
 KINDS = {
     "long_context": "long",

@@ -21,7 +21,6 @@ import os
 import shlex
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -61,6 +60,8 @@ STAGES = (
     Stage(name="stage3_code_recovery_49k", packs=2, on_two=(*CP2, "recompute.language=selective")),
     Stage(name="stage4_long_context_300k", packs=1, on_two=(*CP2, "optim.states=lean")),
 )
+PATTERNS = {2: "M*-", 4: "M-M-M-M*-"}
+"""By GPUs. One layer of each kind leaves two of them room for a Mamba layer of 311,296 tokens; or the pattern's unit."""
 
 
 def main() -> None:
@@ -68,7 +69,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, choices=(2, 4), default=2)
     parser.add_argument("--stages", nargs="+", default=[], metavar="STAGE", help="some, by number or name")
-    parser.add_argument("--pattern", default="M-M*-", help="language layers (default: %(default)s)")
+    parser.add_argument(
+        "--pattern", help=f"language layers (default: {PATTERNS[2]} on two GPUs, {PATTERNS[4]} on four)"
+    )
     parser.add_argument("--vision-layers", type=int, default=8)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="more overrides, for all stages")
@@ -120,7 +123,10 @@ def overrides(stage: Stage, args: argparse.Namespace) -> list[str]:
         lengths = {"0": 16384, "1": 16384, "2": 49152, "3": 49152, "4": 311296}
         small = ["model=tiny", "precision=fp32", "optim=adamw", "data.tile_size=64", "data.max_seqlen_bucket=32"]
         return [*plain, *small, f"data.seq_length={lengths[stage.name[5]] // SHORTER}", *args.set]
-    deep = [f"model.language.hybrid_pattern={args.pattern}", f"model.vision.num_layers={args.vision_layers}"]
+    deep = [
+        f"model.language.hybrid_pattern={args.pattern or PATTERNS[args.gpus]}",
+        f"model.vision.num_layers={args.vision_layers}",
+    ]
     states = [] if any(text.startswith("optim.states") for text in own) else ["optim.states=bf16_moments"]
     return [*own, *deep, *states, *args.set]
 
@@ -140,16 +146,21 @@ def make_data(stages: list[Stage], args: argparse.Namespace) -> float:
 
     began = time.perf_counter()
     words: list[str] = []
+    written: dict[str, Path] = {}
     for stage in stages:
         config = compose(stage, args)
         tokenizer = Path(config.data.tokenizer)
         words = words or write_tokenizer(tokenizer, rows=config.model.language.base_vocab_size)
         for name, source in config.data.sources.items():
-            shape = SHAPES[kind_of(name)]
-            if not Path(source.path).exists():
-                rules = RenderRules.from_config(config.data)
-                shape = shape.divided(SHORTER) if args.small else shape
-                write_source(Path(source.path), shape, words, tokenizer=tokenizer, rules=rules)
+            kind, folder = kind_of(name), Path(source.path)
+            if folder.exists():
+                continue
+            if kind in written:  # the same samples under another name
+                shutil.copytree(written[kind], folder)
+                continue
+            shape = SHAPES[kind].divided(SHORTER) if args.small else SHAPES[kind]
+            write_source(folder, shape, words, tokenizer=tokenizer, rules=RenderRules.from_config(config.data))
+            written[kind] = folder
     return time.perf_counter() - began
 
 
@@ -169,7 +180,10 @@ def run_stage(stage: Stage, args: argparse.Namespace, root: Path, parent: Path |
         "wall_seconds": round(time.perf_counter() - began, 1),
         "command": f"nemovl {shlex.join(command[3:])}".replace(str(root), "ROOT"),
     }
-    metrics = root / "runs/nano_12b_v2_vl" / stage.name / "metrics.jsonl"
+    folder = root / "runs/nano_12b_v2_vl" / stage.name
+    metrics, record = folder / "metrics.jsonl", folder / "handover.json"
+    if record.is_file():
+        row["parts_as_before"] = json.loads(record.read_text())["unchanged"]
     steps = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
     if steps:
         row |= measured(steps, args.gpus) | predicted(compose(stage, args), steps)
@@ -202,33 +216,36 @@ def launch(command: list[str], environment: dict[str, str], log: Path, limit: fl
 
 
 def measured(steps: list[dict[str, Any]], gpus: int) -> dict[str, Any]:
-    """Numbers of the stage's own metrics; the first step, which compiles kernels, has no part in the rates."""
-    timed = steps[1:] or steps
+    """Numbers of the stage's own metrics. Rates are those of `typical`."""
+    step = typical(steps)
     return {
         "losses": [step["loss"] for step in steps],
         "finite": all(step["applied"] and math.isfinite(step["loss"] or math.nan) for step in steps),
         "first_step_seconds": round(steps[0]["step_seconds"], 3),
-        "step_seconds": round(statistics.median(step["step_seconds"] for step in timed), 4),
-        "tokens_per_second_per_gpu": round(
-            statistics.median(step["tokens"] / step["step_seconds"] for step in timed) / gpus, 1
-        ),
-        "mfu": statistics.median([step["mfu"] for step in timed]) if timed[0].get("mfu") else None,
+        "step_seconds": round(step["step_seconds"], 4),
+        "tokens_per_second_per_gpu": round(step["tokens"] / step["step_seconds"] / gpus, 1),
+        "mfu": step.get("mfu"),
+        "data_seconds": round(step["data_seconds"], 2),
         "tokens": [step["tokens"] for step in steps],
         "tiles": [step["tiles"] for step in steps],
-        "fill": round(statistics.mean(step["fill"] for step in steps), 4),
+        "fill": round(sum(step["fill"] for step in steps) / len(steps), 4),
     }
 
 
+def typical(steps: list[dict[str, Any]]) -> dict[str, Any]:
+    """The fullest step but the first, which compiles kernels; of equally full ones the last."""
+    return max(steps[1:] or steps, key=lambda step: (step["tokens"], step["step"]))
+
+
 def predicted(config: Any, steps: list[dict[str, Any]]) -> dict[str, Any]:
-    """The plan of the same config: with the packs of the median step for time, of the fullest with tiles for memory."""
+    """The plan of the same config, with the packs of the timed step for time, of the one with most tiles for memory."""
     from nemovl_train.plan.memory import memory
     from nemovl_train.plan.planner import make_plan
     from nemovl_train.plan.timing import step_time
 
     plan = make_plan(config)
     packs = config.trainer.global_batch
-    timed = sorted(steps[1:] or steps, key=lambda step: step["step_seconds"])
-    usual, fullest = (load_of(config, step) for step in (timed[len(timed) // 2], max(steps, key=lambda s: s["tiles"])))
+    usual, fullest = (load_of(config, step) for step in (typical(steps), max(steps, key=lambda step: step["tiles"])))
     seconds = step_time(config, plan.grid, usual, plan.gpu, packs=math.ceil(packs / plan.grid.dp))
     peak = memory(config, plan.grid, fullest)
     return {

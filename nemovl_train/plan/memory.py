@@ -113,7 +113,7 @@ def _language(size: LanguageConfig, grid: Grid, tokens: float, policy: Policy, *
     recomputed = size.num_layers if policy.full_recompute_layers is None else policy.full_recompute_layers
     kept = recomputed * size.hidden_size / residual
     kept += sum(one_layer[kind] for kind in size.hybrid_pattern[recomputed:])
-    working = _backward_peak(size) / grid.tp
+    working = _backward_peak(size, grid, tokens) / grid.tp
     if policy.selective_recompute:
         working += max(size.ffn_hidden_size, size.mamba_inner_size) / grid.tp + size.hidden_size / residual
     if recomputed:
@@ -144,16 +144,26 @@ def _kept(size: LanguageConfig, kind: str, grid: Grid, frozen: bool, policy: Pol
     return size.ffn_hidden_size * (inside + trained), norm
 
 
-def _backward_peak(size: LanguageConfig) -> float:
+def _backward_peak(size: LanguageConfig, grid: Grid, tokens: float) -> float:
     """Numbers a token, before TP, that the hungriest layer's backward pass makes beside what was kept."""
     mlp = 2.0 * size.ffn_hidden_size
     if "M" not in size.hybrid_pattern:
         return mlp
-    inner = size.mamba_inner_size
-    projected = 2 * inner + 2 * size.mamba_num_groups * size.mamba_state_dim + size.mamba_num_heads
-    # Chunk states are float32, two numbers' room each: the states, their gradients, and those passed on.
-    states = 3 * 2 * inner * size.mamba_state_dim / size.chunk_size
-    return max(mlp, 2 * projected + 6 * inner + states)
+    inner, groups = size.mamba_inner_size, size.mamba_num_groups
+    convolved = inner + 2 * groups * size.mamba_state_dim
+    projected = inner + convolved + size.mamba_num_heads
+    # Gradients of the layer's output, of the scan's and of the projection's; the convolution's output and its gradient.
+    made = 2 * inner + projected + 2 * convolved
+    # Products of every c with every b of its chunk and their gradients, float32: two numbers' room each.
+    made += 2 * 2 * groups * size.chunk_size
+    # Chunk states, float32 too: their gradients from each chunk's outputs, of all pieces of a pack that is too long for
+    # one call; and for one piece at a time the states and those passed on.
+    states = 2 * inner * size.mamba_state_dim / size.chunk_size
+    columns = max(
+        projected, inner * size.mamba_state_dim // size.chunk_size, size.mamba_num_heads * size.mamba_state_dim
+    )
+    pieces = math.ceil(tokens * columns / grid.tp / 2**31)
+    return max(mlp, made + states * (1 + 2 / pieces))
 
 
 def _vision(config: RunConfig, grid: Grid, load: PackLoad, policy: Policy, *, trained: bool) -> float:

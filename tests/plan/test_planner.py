@@ -12,13 +12,14 @@ from nemovl_train.exceptions import ConfigError
 from nemovl_train.plan.calibration import CASES, compare
 from nemovl_train.plan.hardware import GIB, GPU_TYPES
 from nemovl_train.plan.load import Grid, pack_of
-from nemovl_train.plan.memory import memory
+from nemovl_train.plan.memory import _backward_peak, _kept, memory
 from nemovl_train.plan.planner import make_plan, node_scaling, to_json, warnings, would_fit
 from nemovl_train.plan.policy import Policy, policy_of
 from nemovl_train.plan.search import search
 from nemovl_train.plan.traffic import flows
 
 KEPT = ("cluster=h100_x8", "recompute.language=none", "recompute.vision=none")
+MAMBA_LAYER = Path(__file__).parents[2] / "benchmarks/results/2026-11-25_mamba_context_2xh100.json"
 MEASURED = Path(__file__).parents[2] / "benchmarks/results/2026-11-22_megatron_core_4xh100.json"
 
 
@@ -44,6 +45,19 @@ def test_the_measured_numbers_are_those_of_the_result_file():
         assert case.foreign_seconds == pytest.approx(sum(row.get("profile_seconds", {}).values()))
         if isinstance(row["documents"], list):
             assert list(case.documents) == row["documents"]
+
+
+@pytest.mark.parametrize("tokens", [32768, 131072, 311296])
+def test_a_mamba_layer_takes_what_was_measured(tokens):
+    """One layer of the 12B by itself over two context parallel ranks; the longest pack goes through in two pieces."""
+    rows = json.loads(MAMBA_LAYER.read_text())["rows"]
+    (measured,) = (r["peak_gib"] for r in rows if (r["form"], r["tokens"]) == ("state_passing", tokens))
+    size = replace(recipe("stage4_long_context_300k").model.language, hybrid_pattern="M")
+    grid, own = Grid(cp=2), tokens / 2
+    kept, hidden = _kept(size, "M", grid, False, Policy())
+    parameters = 2 * 5120 * (22_656 + 10_240) * 2  # weights and their gradients, bfloat16
+    planned = (kept + hidden + _backward_peak(size, grid, own)) * 2 * own + parameters
+    assert planned / GIB == pytest.approx(measured, rel=0.1)
 
 
 def test_pack_of_samples():
