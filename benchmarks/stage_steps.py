@@ -61,7 +61,7 @@ STAGES = (
     Stage(name="stage4_long_context_300k", packs=1, on_two=(*CP2, "optim.states=lean")),
 )
 PATTERNS = {2: "M*-", 4: "M-M-M-M*-"}
-"""By GPUs. One layer of each kind leaves two of them room for a Mamba layer of 311,296 tokens; or the pattern's unit."""
+"""By GPUs: one layer of each kind, which leaves two room for a Mamba layer of 311,296 tokens; or the pattern's unit."""
 
 
 def main() -> None:
