@@ -26,6 +26,7 @@ from nemovl_train.exit_codes import EXIT_FILE, ExitCode, read_exit_file
 
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 MOST_STAGGER_SECONDS = 60.0
+_NAP_SECONDS = 0.1
 _CACHES = {
     "TRITON_CACHE_DIR": "triton",
     "TORCHINDUCTOR_CACHE_DIR": "inductor",
@@ -77,7 +78,14 @@ class NodeJob:
         ]
 
 
-def run_node(job: NodeJob, program: Sequence[str], *, caches: Path | None = None, report: Path | None = None) -> int:
+def run_node(
+    job: NodeJob,
+    program: Sequence[str],
+    *,
+    caches: Path | None = None,
+    report: Path | None = None,
+    delay: float = 0.0,
+) -> int:
     """Run the processes of this node to their end.
 
     Args:
@@ -86,6 +94,7 @@ def run_node(job: NodeJob, program: Sequence[str], *, caches: Path | None = None
         caches: Folder on a local disk for compiled kernels; where the environment already names one, that stays.
         report: File on shared storage for the run's exit code. The node of rank 0 writes it, and all nodes end with 0
             where nothing failed: a scheduler may kill the others of a step when one ends with anything else.
+        delay: Seconds to wait first. A stop signal ends the wait, and nothing is started.
 
     Returns:
         The run's own exit code. `ExitCode.REQUEUE` also when a stop was asked for before there was anything to save.
@@ -97,12 +106,10 @@ def run_node(job: NodeJob, program: Sequence[str], *, caches: Path | None = None
         # vain (torch 2.11, `dynamic_rendezvous.py`). Without the shared store every round says it again.
         if job.nnodes > 1 and job.max_restarts:
             environment.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-        # A session of its own: Ctrl-C in a terminal reaches this process alone, which passes it on.
-        child = subprocess.Popen(job.command(program), env=environment, start_new_session=True)
-        stop = _Forwarder(child)
+        stop = _Forwarder()
         previous = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
         try:
-            launcher_code = child.wait()
+            launcher_code = stop.run(job.command(program), environment, delay)
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -132,16 +139,31 @@ def true_exit_code(launcher_code: int, reported: int | None, *, asked_to_stop: b
 
 
 class _Forwarder:
-    """Signal handler: asks the training processes to save and leave, whatever the signal was."""
+    """Starts the launcher, and as signal handler asks its processes to save and leave, whatever the signal was."""
 
-    def __init__(self, child: "subprocess.Popen[bytes]") -> None:
-        self.child = child
+    def __init__(self) -> None:
+        self.child: subprocess.Popen[bytes] | None = None
         self.asked = False
+
+    def run(self, command: Sequence[str], environment: Mapping[str, str], delay: float) -> int:
+        """The launcher's exit code, after a wait; 0 when a signal came before it could start."""
+        began = time.monotonic()
+        while not self.asked and (left := delay - (time.monotonic() - began)) > 0:
+            time.sleep(min(left, _NAP_SECONDS))
+        if self.asked:
+            return ExitCode.OK
+        # A session of its own: Ctrl-C in a terminal reaches this process alone, which passes it on.
+        self.child = subprocess.Popen(command, env=environment, start_new_session=True)
+        if self.asked:  # between the look and the start, when there was nobody to hand it to
+            self.child.terminate()
+        return self.child.wait()
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         # A second Ctrl-C is impatience; schedulers repeat the other signals.
         impatient = number == signal.SIGINT and self.asked
         self.asked = True
+        if self.child is None:
+            return
         workers = _workers(self.child.pid)
         if impatient or not workers:
             self.child.terminate()
@@ -195,7 +217,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--stagger", type=float, default=0.0, help="seconds between the starts of two nodes")
     parser.add_argument("program", nargs=argparse.REMAINDER, help="-- -m MODULE ARGUMENT...")
     args = parser.parse_args(argv)
-    time.sleep(stagger_seconds(int(os.environ.get("SLURM_PROCID", "0")), args.stagger))
     job = NodeJob(
         nproc=args.nproc,
         nnodes=args.nnodes,
@@ -203,7 +224,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         run_id=args.run_id,
         max_restarts=args.max_restarts,
     )
-    return run_node(job, args.program[1:], caches=args.caches, report=args.report)
+    delay = stagger_seconds(int(os.environ.get("SLURM_PROCID", "0")), args.stagger)
+    return run_node(job, args.program[1:], caches=args.caches, report=args.report, delay=delay)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from nemovl_train.exceptions import ConfigError
 
 RUNTIMES = ("none", "pyxis", "apptainer")
 GPU_REQUESTS = ("gpus-per-node", "gres", "none")
+SLICE_JOBS = ("chain", "array")
 MOST_SLICES = 1000
 
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
@@ -81,10 +82,13 @@ class SlurmConfig:
         signal_lead: Seconds before the time limit at which the run is asked to save: a step and a save must fit.
         max_failures: Times that a job is queued again after a failure that was no request to stop.
         slices: Jobs that follow each other, for sites where jobs cannot be queued again; 1 uses requeueing.
+        slice_jobs: `chain` submits every slice as a job that depends on the one before; `array` submits them at once as
+            a job array of which one task runs at a time.
         max_restarts: Times that torchrun starts the processes again without leaving the job.
         preflight: Test nodes and links before every start, and leave bad nodes out.
         exclude: Nodes to leave out.
-        exclude_file: File of nodes to leave out, one a line; the preflight adds to it.
+        exclude_file: File of nodes to leave out, one a line; the preflight and `exclude_stragglers` add to it.
+        exclude_stragglers: Add nodes that the others waited for all along, by the run's own metrics, after every slice.
         stagger_seconds: Seconds between the starts of two nodes, so that not all read the same files at once.
         caches: Folder on a node's own disk for compiled kernels.
         python: Interpreter, as the nodes or the container know it.
@@ -108,10 +112,12 @@ class SlurmConfig:
     signal_lead: int = 900
     max_failures: int = 3
     slices: int = 1
+    slice_jobs: str = "chain"
     max_restarts: int = 0
     preflight: bool = False
     exclude: tuple[str, ...] = ()
     exclude_file: str = ""
+    exclude_stragglers: bool = False
     stagger_seconds: float = 0.2
     caches: str = "/tmp/nemovl-caches"  # noqa: S108  a cache that anyone may lose
     python: str = "python"
@@ -252,7 +258,8 @@ def _patterns(site: SlurmConfig) -> Iterator[str]:
         yield from _fits(key, getattr(site, key), _PATH, "a path")
     if not _TIME.fullmatch(site.time):
         yield f"time={site.time!r}: write [DAYS-]HOURS:MINUTES:SECONDS, such as 4:00:00"
-    for key, choices in (("gpu_request", GPU_REQUESTS), ("container.runtime", RUNTIMES)):
+    choosable = (("gpu_request", GPU_REQUESTS), ("slice_jobs", SLICE_JOBS), ("container.runtime", RUNTIMES))
+    for key, choices in choosable:
         value = site.container.runtime if "." in key else getattr(site, key)
         if value not in choices:
             yield f"{key}={value!r} is not a choice{did_you_mean(value, choices)}"
@@ -276,8 +283,11 @@ def _numbers(site: SlurmConfig) -> Iterator[str]:
     if _TIME.fullmatch(site.time) and site.signal_lead >= seconds_of(site.time):
         limit = seconds_of(site.time)
         yield f"signal_lead={site.signal_lead}: less than the time limit of {limit} s; nearest: {max(limit // 2, 1)}"
-    if site.preflight and not site.exclude_file:
-        yield "preflight=true needs a file for the nodes that it leaves out; add slurm.exclude_file=bad_nodes.txt"
+    for key in ("preflight", "exclude_stragglers"):
+        if getattr(site, key) and not site.exclude_file:
+            yield f"{key}=true needs a file for the nodes that it leaves out; add slurm.exclude_file=bad_nodes.txt"
+    if site.slice_jobs == "array" and site.components:
+        yield "slice_jobs=array: SLURM has no arrays of jobs with components; set slurm.slice_jobs=chain"
 
 
 def _container(site: SlurmConfig) -> Iterator[str]:

@@ -22,11 +22,13 @@ class Script:
         path: Where it will lie.
         text: Its content.
         slices: Jobs to submit, each after the one before.
+        array: Whether they are one array, submitted at once.
     """
 
     path: Path
     text: str
     slices: int
+    array: bool = False
 
 
 def render(program: Program, site: SlurmConfig, *, nodes: int, per_node: int, workdir: Path) -> Script:
@@ -51,8 +53,10 @@ def render(program: Program, site: SlurmConfig, *, nodes: int, per_node: int, wo
             workdir=str(start),
             environment=site.environment,
             folder=str(folder),
+            run=str(folder.parent),
             script=str(script),
             srun=list(_srun(site)),
+            srun_alone=list(_srun_alone(site)),
             enter=list(_enter(site, start)),
             python=site.python,
             nproc=per_node,
@@ -63,12 +67,13 @@ def render(program: Program, site: SlurmConfig, *, nodes: int, per_node: int, wo
             preflight=site.preflight,
             exclude=site.exclude,
             exclude_file=site.exclude_file,
+            exclude_stragglers=site.exclude_stragglers,
             max_failures=site.max_failures,
             requeue=site.slices == 1,
             program=program.arguments,
         )
     )
-    return Script(script, text, site.slices)
+    return Script(script, text, site.slices, site.slice_jobs == "array")
 
 
 def _folder(program: Program, start: Path) -> Path:
@@ -100,7 +105,11 @@ def _directives(program: Program, site: SlurmConfig, nodes: int, per_node: int, 
 
 def _of_job(program: Program, site: SlurmConfig, start: Path) -> Iterator[str]:
     yield f"--job-name=nemovl-{program.run.replace('/', '-')}"
-    yield f"--output={_folder(program, start)}/%j.log"
+    array = site.slices > 1 and site.slice_jobs == "array"
+    yield f"--output={_folder(program, start)}/{'%A_%a' if array else '%j'}.log"
+    if array:
+        # One task at a time: each continues where the one before it stopped.
+        yield f"--array=1-{site.slices}%1"
     # A job that is queued again goes on in the same log.
     yield "--open-mode=append"
     yield "--requeue" if site.slices == 1 else "--no-requeue"
@@ -137,6 +146,17 @@ def _srun(site: SlurmConfig) -> Iterator[str]:
     yield from ("--kill-on-bad-exit=1", "--label")
     if site.components:
         yield f"--het-group={','.join(str(number) for number in range(len(site.components)))}"
+    yield from _pyxis(site)
+
+
+def _srun_alone(site: SlurmConfig) -> Iterator[str]:
+    """For one process on the first node."""
+    if site.components:
+        yield "--het-group=0"
+    yield from _pyxis(site)
+
+
+def _pyxis(site: SlurmConfig) -> Iterator[str]:
     if site.container.runtime == "pyxis":
         yield f"--container-image={site.container.image}"
         if site.container.mounts:

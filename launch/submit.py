@@ -45,7 +45,8 @@ def _slurm(args: argparse.Namespace) -> int:
         print(json.dumps(found, indent=1))
     elif args.dry_run:
         print(script.text, end="")
-        print(f"# {' '.join(sbatch_line(script, '' if site.slices == 1 else 'JOB_BEFORE'))}  # x {site.slices}")
+        calls = 1 if script.array else site.slices
+        print(f"# {' '.join(sbatch_line(script, '' if calls == 1 else 'JOB_BEFORE'))}  # x {calls}")
     else:
         print(f"submitted {', '.join(jobs)}: {script.path}; logs beside it; cancel with: scancel {' '.join(jobs)}")
     return 0
@@ -59,8 +60,9 @@ def submit(script: Script) -> list[str]:
     """
     script.path.parent.mkdir(parents=True, exist_ok=True)
     script.path.write_text(script.text, encoding="utf-8")
+    (script.path.parent / "failures.slices").unlink(missing_ok=True)  # counted by slices of an earlier launch
     jobs: list[str] = []
-    for _ in range(script.slices):
+    for _ in range(1 if script.array else script.slices):
         line = sbatch_line(script, jobs[-1] if jobs else "")
         try:
             done = subprocess.run(line, capture_output=True, text=True, check=True)

@@ -77,7 +77,9 @@ def build_parser(verb: str = "") -> argparse.ArgumentParser:
 
 def _schedule(argv: Sequence[str]) -> int:
     from nemovl_train.config.app import USAGE, run_app
+    from nemovl_train.config.compose import compose_stage
     from nemovl_train.config.schema import RunConfig, ScheduleConfig
+    from nemovl_train.config.validate import refuse_processes
 
     if {"-h", "--help"} & set(argv):
         what = "Runs a chain of stages; continues where it stopped, and ends at once when all is done."
@@ -86,6 +88,7 @@ def _schedule(argv: Sequence[str]) -> int:
 
     def job(config: RunConfig | ScheduleConfig) -> int:
         assert isinstance(config, ScheduleConfig)
+        refuse_processes([compose_stage(config, stage) for stage in config.stages])
         from nemovl_train.schedule import chain
 
         return chain.run(config)

@@ -40,11 +40,15 @@ def guarded(call: Callable[[], int]) -> int:
     process that saved and wants to be started again ends with 0: torchrun would take anything else for a crash, kill
     its neighbours while they save, and report 1.
     """
-    code = _caught(call)
     target = os.environ.get(EXIT_FILE)
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if target and first:
+        # Processes that torchrun starts again must not be taken for those before them, should they be killed.
+        Path(target).unlink(missing_ok=True)
+    code = _caught(call)
     if not target:
         return code
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if first:
         Path(target).write_text(f"{int(code)} {os.environ.get('RANK', '0')}", encoding="utf-8")
     return ExitCode.OK if code == ExitCode.REQUEUE else code
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from nemovl_train.config.app import USAGE, run_app
 from nemovl_train.config.schema import RunConfig, ScheduleConfig
+from nemovl_train.config.validate import refuse_processes
 from nemovl_train.console import setup_logging
 from nemovl_train.exit_codes import guarded
 from nemovl_train.report.environment import record_environment
@@ -29,6 +30,7 @@ def train(argv: Sequence[str]) -> int:
 def _train_one(config: RunConfig | ScheduleConfig) -> int:
     assert isinstance(config, RunConfig)
     setup_logging()
+    refuse_processes([config])
     # Only here, behind every config error: torch and megatron-core take seconds to import.
     from nemovl_train.training import trainer
 

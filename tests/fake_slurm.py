@@ -28,8 +28,20 @@ if sys.argv[1:3] == ["show", "hostnames"]:
     print("\\n".join(sys.argv[3].split(",")))
 elif sys.argv[1] == "requeue":
     (spool / f"requeue.{{sys.argv[2]}}").touch()
+elif sys.argv[1] == "update":
+    with (spool / "updates").open("a") as file:
+        file.write(" ".join(sys.argv[2:]) + "\\n")
 else:
     sys.exit(f"scontrol: {{sys.argv[1:]}} is not known here")
+"""
+SQUEUE = """#!{python}
+import os, pathlib
+waiting = pathlib.Path(os.environ["FAKE_SLURM"], "waiting")
+print(waiting.read_text() if waiting.exists() else "")
+"""
+SCANCEL = """#!{python}
+import os, pathlib, sys
+pathlib.Path(os.environ["FAKE_SLURM"], "cancelled").write_text(" ".join(sys.argv[1:]))
 """
 SRUN = """#!{python}
 import os, pathlib, subprocess, sys
@@ -38,7 +50,8 @@ while words[0].startswith("--"):
     words.pop(0)
 spool = pathlib.Path(os.environ["FAKE_SLURM"])
 tasks = []
-for node in range(int(os.environ["SLURM_JOB_NUM_NODES"])):
+alone = "--nodes=1" in sys.argv
+for node in range(1 if alone else int(os.environ["SLURM_JOB_NUM_NODES"])):
     env = dict(os.environ, SLURM_PROCID=str(node), SLURMD_NODENAME=f"fake{{node}}")
     tasks.append(subprocess.Popen(words, env=env, start_new_session=True))
 (spool / "tasks").write_text(" ".join(str(task.pid) for task in tasks))
@@ -55,7 +68,8 @@ class FakeSlurm:
         self.spool, self.bin, self.nodes = root / "spool", root / "bin", nodes
         for folder in (self.spool, self.bin):
             folder.mkdir(parents=True)
-        for name, text in (("sbatch", SBATCH), ("srun", SRUN), ("scontrol", SCONTROL)):
+        commands = {"sbatch": SBATCH, "srun": SRUN, "scontrol": SCONTROL, "squeue": SQUEUE, "scancel": SCANCEL}
+        for name, text in commands.items():
             (self.bin / name).write_text(text.format(python=sys.executable))
             (self.bin / name).chmod(0o755)
 
@@ -83,6 +97,7 @@ class FakeSlurm:
         name = line.partition("=")[2].partition("@")[0]
         job = {
             "SLURM_JOB_ID": "1",
+            "SLURM_JOB_NAME": "nemovl",
             "SLURM_JOB_NODELIST": ",".join(["localhost"] * self.nodes),
             "SLURM_JOB_NUM_NODES": str(self.nodes),
             "SLURM_RESTART_COUNT": str(restarts),
@@ -101,6 +116,13 @@ class FakeSlurm:
                     signalled = True
                 time.sleep(0.05)
         return process.returncode, log.read_text()
+
+    def said(self, name: str) -> str:
+        """What `updates` or `cancelled` of the controller hold; forgotten then."""
+        path = self.spool / name
+        text = path.read_text() if path.exists() else ""
+        path.unlink(missing_ok=True)
+        return text
 
     def requeued(self) -> bool:
         """Whether the job asked to be queued again since the last look."""

@@ -63,6 +63,8 @@ def test_help_and_config_errors_import_no_torch():
         " ['convert', '--help'], ['launch', '--help'], ['recipes', 'list'],"
         " ['generate', '--help'], ['eval', '--help'], ['eval', 'nowhere'],"
         " ['train', 'recipe=tiny/stage1_sft_16k', 'optm.lr=1'], ['schedule', 'recipe=tiny/schedule', 'stages=[]'],"
+        " ['train', 'recipe=tiny/stage1_sft_16k', 'parallel.cp=2'],"
+        " ['schedule', 'recipe=nano_12b_v2_vl/schedule', 'cluster=h100_x4'],"
         " ['launch', 'torchrun', 'recipe=tiny/stage1_sft_16k', '--nproc', '2', '--dry-run'],"
         " ['plan', 'recipe=nano_12b_v2_vl/schedule'], ['plan', '--calibration']):\n"
         "    try:\n"
@@ -115,6 +117,9 @@ def test_train_and_schedule_hand_over_a_checked_config(capsys, monkeypatch):
         (["report", "nowhere"], "no such run folder"),
         (["launch", "torchrun", STAGE, "--nproc", "0"], "between 1 and"),
         (["launch", "torchrun", STAGE, "--nproc", "3", "parallel.tp=2"], "3 processes"),
+        (["train", STAGE, "parallel.cp=2"], "does not divide the one process; set parallel.cp=1, or start a multiple"),
+        (["train", STAGE, "parallel.cp=3"], "set parallel.cp=2"),
+        (["schedule", "recipe=nano_12b_v2_vl/schedule", "cluster=h100_x4"], "does not divide the one process"),
         (["launch", "torchrun", STAGE, "--nproc", "2", "--nnodes", "2"], "give HOST:PORT of the first of 2 nodes"),
         (["plan"], "recipe=NAME is missing"),
         (["plan", "recipe=tiny/nope"], "not among"),

@@ -30,6 +30,7 @@ from nemovl_train.checkpoint.storage import IndexedReader
 from nemovl_train.exceptions import CheckpointError
 from nemovl_train.parallel import cpu
 from nemovl_train.parallel.agree import from_every_rank, on_first_rank
+from nemovl_train.parallel.turns import in_turns
 
 cpu.install_if_no_cuda()
 
@@ -220,13 +221,20 @@ def newest(root: Path, *, run_id: str | None = None) -> Verified | None:
     return None
 
 
-def load(source: Path | Verified, *, model: ShardedModel, optimizer: ShardedOptimizer | None = None) -> dict[str, Any]:
+def load(
+    source: Path | Verified,
+    *,
+    model: ShardedModel,
+    optimizer: ShardedOptimizer | None = None,
+    nodes_at_once: int = 0,
+) -> dict[str, Any]:
     """Fill model and optimizer from a checkpoint, resharding to the current layout. Collective.
 
     Args:
         source: A published checkpoint; a path is verified first.
         model: Receives the weights, strictly.
         optimizer: Receives its state when given.
+        nodes_at_once: Nodes that read at the same time; 0 for all.
 
     Returns:
         Contents of `state.json`.
@@ -240,7 +248,7 @@ def load(source: Path | Verified, *, model: ShardedModel, optimizer: ShardedOpti
     if optimizer is not None:
         sharded["optimizer"] = optimizer.sharded_state_dict(sharded["model"], is_loading=True)
     try:
-        loaded = _read(sharded, folder / SHARDED)
+        loaded = in_turns(lambda: read_sharded(sharded, folder / SHARDED), nodes_at_once)
     except (CheckpointingException, CheckpointException, KeyError) as error:
         raise CheckpointError(f"{folder} does not fit this model: {last_line(error)}") from error
     model.load_state_dict(loaded["model"], strict=True)
@@ -249,8 +257,16 @@ def load(source: Path | Verified, *, model: ShardedModel, optimizer: ShardedOpti
     return json.loads((folder / "state.json").read_text(encoding="utf-8"))
 
 
-def _read(sharded: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """megatron-core's `dist_checkpointing.load` over our files: its own reader unpickles what it finds."""
+def read_sharded(sharded: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """megatron-core's `dist_checkpointing.load` over our files: its own reader unpickles what it finds.
+
+    Args:
+        sharded: Sharded tensors to fill, by name, in sections; what they hold now is written over.
+        folder: `sharded` folder of a verified checkpoint.
+
+    Returns:
+        The same sections with plain tensors.
+    """
     reader = IndexedReader(folder)
     wanted, loaded, factories = load_preprocess(sharded)
     wanted, _ = extract_sharded_base(wanted)

@@ -344,6 +344,7 @@ class CheckpointConfig:
         keep_best: Those of the lowest mean loss over the last 128 steps that stay; 0 for none.
         in_background: Training goes on while a checkpoint is written.
         grace_s: Seconds between the scheduler's signal and the kill; a save that is too slow for it is warned about.
+        nodes_at_once: Nodes that read a checkpoint at the same time when a run starts; 0 for all.
         accept_changes: Options that this start may change in a run that decides its result by them.
     """
 
@@ -353,6 +354,7 @@ class CheckpointConfig:
     keep_best: int = 0
     in_background: bool = True
     grace_s: float = 120.0
+    nodes_at_once: int = 0
     accept_changes: tuple[str, ...] = ()
 
 

@@ -15,7 +15,8 @@ from nemovl_train.config.adapters import adapter_problems
 from nemovl_train.config.nearest import did_you_mean, nearest_multiples
 from nemovl_train.config.precision import FP8, fp8_problems
 from nemovl_train.config.schema import PARTS, EvalConfig, RunConfig, RunSection, ScheduleConfig, VisionConfig
-from nemovl_train.parallel.legality import layout_problems
+from nemovl_train.exceptions import ConfigError
+from nemovl_train.parallel.legality import launched_processes, layout_problems, nearest_context
 
 ACTIVATIONS = ("squared_relu", "swiglu")
 POSITIONS = ("none", "rope")
@@ -92,6 +93,13 @@ def world_problems(config: RunConfig, world_size: int) -> list[str]:
         f"trainer.global_batch={config.trainer.global_batch}: {dp} data parallel ranks would share it, some would "
         f"never see data; use at least {dp}, or at most {config.trainer.global_batch * group} processes"
     ]
+
+
+def refuse_processes(stages: Sequence[RunConfig]) -> None:
+    """Raise ConfigError where this run's processes do not suit a stage; asked before torch is imported."""
+    found = [problem for stage in stages for problem in world_problems(stage, launched_processes())]
+    if found:
+        raise ConfigError(list(dict.fromkeys(found)))
 
 
 def validate_schedule(config: ScheduleConfig, stages: Sequence[RunConfig]) -> list[str]:
@@ -410,7 +418,7 @@ def _rest(config: RunConfig) -> Iterator[str]:
     yield from _at_least("checkpoint.every_steps", config.checkpoint.every_steps, 1)
     # Retention must never remove the last good checkpoint.
     yield from _at_least("checkpoint.keep_last", config.checkpoint.keep_last, 1)
-    for key in ("keep_every", "keep_best", "grace_s"):
+    for key in ("keep_every", "keep_best", "grace_s", "nodes_at_once"):
         yield from _at_least(f"checkpoint.{key}", getattr(config.checkpoint, key), 0)
     yield from _at_least("evaluation.max_samples", config.evaluation.max_samples, 1)
     yield from _at_least("evaluation.predictions", config.evaluation.predictions, 0)
@@ -447,9 +455,18 @@ def _layout(config: RunConfig) -> Iterator[str]:
     yield from found
     # With an illegal layout the nearest length would be illegal as well: leave it out of the product.
     unit, name = config.model.language.chunk_size, "model.language.chunk_size"
+    cp = nearest_context(parallel, config.data.seq_length, unit) if group > 1 and unit > 0 and not found else None
     if not found and group > 1:
         unit, name = unit * group, f"parallel.tp x parallel.cp x {name}"
-    yield from _divisible("data.seq_length", config.data.seq_length, name, unit)
+    if cp is not None and cp != parallel.cp:
+        # The length is what the recipe is about, and does for another layout: the layout is what is wrong.
+        length = config.data.seq_length
+        yield (
+            f"parallel.cp={parallel.cp}: data.seq_length={length} does not divide into whole chunks ({name} = {unit}); "
+            f"set parallel.cp={cp}, or data.seq_length={nearest_multiples(length, unit)}"
+        )
+    else:
+        yield from _divisible("data.seq_length", config.data.seq_length, name, unit)
     if config.evaluation.sources:
         yield from _divisible("evaluation.seq_length", config.evaluation.seq_length, name, unit)
 

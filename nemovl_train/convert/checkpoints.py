@@ -17,6 +17,7 @@ from torch import Tensor
 from data_pipelines.config import DataConfig
 from nemovl_train.checkpoint import sealed
 from nemovl_train.checkpoint.base import parent_of, refuse_adapters
+from nemovl_train.checkpoint.lineage import lineage_of
 from nemovl_train.checkpoint.sealed import Verified
 from nemovl_train.checkpoint.streamed import StoredTensors, save_streamed
 from nemovl_train.config.build import build
@@ -319,6 +320,7 @@ def describe_checkpoint(folder: Path, *, parent: Path | None = None) -> Checkpoi
         "trained parts": list(run.trainer.train),
         "seed": run.trainer.seed,
         "checkpoint integrity": sealed.seal_of(folder),
+        "lineage": lineage_of(folder),
     }
     if measured := _measured(home, state.get("step")):
         facts["held-out results"] = measured

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from nemovl_train.doctor.exclude import add_excluded
 from nemovl_train.doctor.facts import Gpu, NodeFacts, collect_facts, node_name
 from nemovl_train.doctor.judge import as_document, as_text, judge
 from nemovl_train.exit_codes import ExitCode, guarded
@@ -82,7 +83,7 @@ class _Preflight:
         print(as_text(everyone, bad), file=sys.stderr, flush=True)
         (self.folder / "preflight.json").write_text(json.dumps(as_document(everyone, bad), indent=1), encoding="utf-8")
         if bad and self.exclude_file:
-            _add(self.exclude_file, bad)
+            add_excluded(self.exclude_file, bad)
         code = ExitCode.FAILED if bad else ExitCode.OK
         self.store.set("verdict", str(int(code)))
         self._wait_for_readers(self.world - 1 - self.local_world * len(missing))
@@ -184,16 +185,6 @@ def parse_facts(text: bytes) -> NodeFacts:
     values = json.loads(text)
     values["gpus"] = [Gpu(**gpu) for gpu in values["gpus"]]
     return NodeFacts(**values)
-
-
-def _add(path: Path, bad: dict[str, list[str]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    known = path.read_text(encoding="utf-8") if path.is_file() else ""
-    names = {line.partition("#")[0].strip() for line in known.splitlines()}
-    stamp = time.strftime("%Y-%m-%d")
-    new = [f"{name}  # {stamp} {reasons[0]}\n" for name, reasons in bad.items() if name not in names]
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(new)
 
 
 if __name__ == "__main__":

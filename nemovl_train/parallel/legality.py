@@ -1,5 +1,6 @@
 """Which parallel layouts a model and a number of processes allow. Imports neither torch nor megatron-core."""
 
+import os
 from collections.abc import Iterable
 
 from nemovl_train.config.schema import LanguageConfig, ParallelConfig
@@ -31,11 +32,10 @@ def layout_problems(parallel: ParallelConfig, world_size: int, language: Languag
         return problems
     product = parallel.tp * parallel.cp
     if world_size % product:
-        legal = _nearest(parallel.tp, (d for d in range(1, world_size + 1) if world_size % (d * parallel.cp) == 0))
-        advice = f"set parallel.tp={legal}" if legal else f"start a multiple of {product} processes"
+        what = "one process" if world_size == 1 else f"{world_size} processes"
         problems.append(
-            f"parallel.tp={parallel.tp} x parallel.cp={parallel.cp} = {product} does not divide the "
-            f"{world_size} processes; {advice}"
+            f"parallel.tp={parallel.tp} x parallel.cp={parallel.cp} = {product} does not divide the {what}; "
+            f"{_fitting(parallel, world_size)}"
         )
     if parallel.sequence_parallel and parallel.tp == 1:
         problems.append("parallel.sequence_parallel=true needs parallel.tp > 1; set parallel.sequence_parallel=false")
@@ -112,6 +112,40 @@ def _width_problems(tp: int, language: LanguageConfig) -> list[str]:
     largest = min(split.values())
     legal = _nearest(tp, (d for d in range(1, largest + 1) if not any(v % d for v in split.values())))
     return [f"parallel.tp={tp} does not divide model.language {', '.join(bad)}; set parallel.tp={legal}"]
+
+
+def _fitting(parallel: ParallelConfig, world_size: int) -> str:
+    """What to set, or how many processes to start, where their number does not suit a layout."""
+    sizes = range(1, world_size + 1)
+    if tp := _nearest(parallel.tp, (d for d in sizes if world_size % (d * parallel.cp) == 0)):
+        return f"set parallel.tp={tp}"
+    product = parallel.tp * parallel.cp
+    more = f"start a multiple of {product} processes (nemovl launch torchrun ... --nproc {product})"
+    if cp := _nearest(parallel.cp, (d for d in sizes if world_size % (d * parallel.tp) == 0)):
+        return f"set parallel.cp={cp}, or {more}"
+    return more
+
+
+def nearest_context(parallel: ParallelConfig, seq_length: int, chunk: int) -> int | None:
+    """The context parallel size next to the one asked for whose ranks get equal runs of whole chunks of a pack.
+
+    Args:
+        parallel: Sizes asked for.
+        seq_length: Tokens of a pack.
+        chunk: Tokens that the scan treats at once.
+
+    Returns:
+        None where no size does, not even 1.
+    """
+    if seq_length % chunk:
+        return None
+    runs = seq_length // chunk
+    return _nearest(parallel.cp, (d for d in range(1, runs + 1) if runs % (d * parallel.tp) == 0))
+
+
+def launched_processes() -> int:
+    """Processes of this run: what torchrun told this one, or one without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _nearest(wanted: int, legal: Iterable[int]) -> int | None:

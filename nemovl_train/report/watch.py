@@ -178,7 +178,7 @@ def _read_folder(view: View, stage: Path) -> None:
 
 def _event(event: dict[str, Any]) -> str:
     clock = time.strftime("%m-%d %H:%M:%S", time.localtime(event.get("time", 0)))
-    more = {k: v for k, v in event.items() if k not in ("time", "event", "step", "samples", "parent")}
+    more = {k: v for k, v in event.items() if k not in ("time", "event", "step", "samples", "parent", "hosts")}
     details = " ".join(f"{key}={value}" for key, value in more.items())
     return f"{clock}  step {event.get('step', '?')}  {event['event']} {details}".rstrip()
 

@@ -25,6 +25,7 @@ from nemovl_train.schedule.ledger import DONE, RUNNING, Ledger, StageEntry
 from nemovl_train.schedule.parts import joined_checkpoint, prepare_parts
 from nemovl_train.training import trainer
 from nemovl_train.training.folder import StageFolder
+from nemovl_train.training.handover import read_handover
 
 log = logging.getLogger(__name__)
 
@@ -106,8 +107,16 @@ def _stage(config: RunConfig, entry: StageEntry, ledger: Ledger, root: Path) -> 
         log.info("stage %s: from %s", entry.name, parent)
     code = trainer.run(config)
     if code == ExitCode.OK:
-        ledger.update(entry, state=DONE, parent=parent, parent_seal=seal or entry.parent_seal)
-        ledger.update(entry, checkpoint=str(folder.last_checkpoint.relative_to(root)))
+        found = read_handover(folder.path)
+        ledger.update(
+            entry,
+            state=DONE,
+            parent=parent,
+            parent_seal=seal or entry.parent_seal,
+            checkpoint=str(folder.last_checkpoint.relative_to(root)),
+            unchanged=found.get("unchanged"),
+            evaluation=found.get("evaluation"),
+        )
     return code
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from nemovl_train.checkpoint.files import explain_disk_errors, replace_text
 from nemovl_train.exceptions import ConfigError
@@ -25,6 +26,9 @@ class StageEntry:
         parent: Checkpoint whose weights it started from, relative to the run folder.
         checkpoint: Its last checkpoint, relative to the run folder; None until it is done.
         parent_seal: Hash that seals the parent; None in records that are older than this field.
+        unchanged: Parts that it promised to leave alone and that are its parent's, bit by bit; None where nobody could
+            compare.
+        evaluation: Loss of every held-out set, by name; None without an evaluation.
     """
 
     name: str
@@ -33,6 +37,8 @@ class StageEntry:
     parent: str | None = None
     checkpoint: str | None = None
     parent_seal: str | None = None
+    unchanged: list[str] | None = None
+    evaluation: dict[str, float | None] | None = None
 
 
 @dataclass
@@ -74,7 +80,7 @@ class Ledger:
         ledger.write()
         return ledger
 
-    def update(self, entry: StageEntry, **changes: str | None) -> None:
+    def update(self, entry: StageEntry, **changes: Any) -> None:
         """Change an entry, and write the record if that made a difference."""
         before = asdict(entry)
         for name, value in changes.items():

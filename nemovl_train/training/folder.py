@@ -11,11 +11,13 @@ from pathlib import Path
 
 from nemovl_train.checkpoint import sealed
 from nemovl_train.checkpoint.files import explain_disk_errors, replace_text
+from nemovl_train.checkpoint.lineage import FILE as LINEAGE
 from nemovl_train.config.dump import Change, config_diff, config_hash, dump_yaml, load_yaml
 from nemovl_train.config.schema import RunConfig
 from nemovl_train.exceptions import CheckpointError, ConfigError
 from nemovl_train.parallel.agree import on_first_rank
 from nemovl_train.training.ending import ending_of
+from nemovl_train.training.handover import read_handover
 from nemovl_train.training.lock import FolderLock
 
 log = logging.getLogger(__name__)
@@ -80,10 +82,14 @@ class StageFolder:
         self._held.close()
 
     def is_done(self) -> bool:
-        """It came to its end with these options: the last step, or no better held-out loss, and then its evaluation."""
+        """It ended with these options (the last step, or no better held-out loss), evaluated, with frozen parts intact."""
         evaluated = (self.path / "evaluation.json").is_file() or not self.config.evaluation.sources
         ended = ending_of(self.path, self.config) is not None
-        return ended and evaluated and (self.last_checkpoint / "COMPLETE").is_file()
+        record = read_handover(self.path)
+        # What began with a parent ends with a comparison; stages without a record of their start are older than it.
+        compared = bool(record) or not (self.path / LINEAGE).is_file()
+        sound = compared and not record.get("changed_tensors")
+        return ended and evaluated and sound and (self.last_checkpoint / "COMPLETE").is_file()
 
     def newest_checkpoint(self) -> sealed.Verified | None:
         """Where to continue; every rank gets the same. Collective."""

@@ -17,8 +17,10 @@ import torch.distributed as dist
 
 from data_pipelines.schema import Pack
 from nemovl_train.config.schema import RunConfig
+from nemovl_train.doctor.facts import node_name
 from nemovl_train.model.batch import PackBatch
 from nemovl_train.model.flops import training_flops
+from nemovl_train.parallel.agree import from_every_rank
 from nemovl_train.parallel.layout import Layout
 from nemovl_train.plan.hardware import GPU_TYPES
 from nemovl_train.plan.trainable import adapted_parts
@@ -60,15 +62,17 @@ class StepNumbers:
 
 @dataclass
 class Telemetry:
-    """Listens to the steps of one process. `collect` is collective.
+    """Listens to the steps of one process. Making it and `collect` are collective.
 
     Attributes:
         config: The run.
         layout: Owner of the process groups.
+        hosts: Name of every rank's node.
     """
 
     config: RunConfig
     layout: Layout
+    hosts: list[str] = field(default_factory=list, init=False)
     _began: Any = None
     _done: Any = None
     _sums: torch.Tensor | None = field(default=None, repr=False)
@@ -77,6 +81,7 @@ class Telemetry:
     def __post_init__(self) -> None:
         # Once a run: it goes through all layers of the model, and is wanted for every pack.
         self._adapted = adapted_parts(self.config)
+        self.hosts = from_every_rank(node_name())
 
     @property
     def sources(self) -> list[str]:

@@ -15,6 +15,7 @@ from data_pipelines.loader import PackStream
 from data_pipelines.schema import Pack
 from nemovl_train.checkpoint import sealed
 from nemovl_train.checkpoint.base import load_base, refuse_adapters
+from nemovl_train.checkpoint.lineage import write_lineage
 from nemovl_train.checkpoint.retention import Keep
 from nemovl_train.checkpoint.saving import Saver
 from nemovl_train.config.dump import config_hash, redact, to_plain
@@ -36,6 +37,7 @@ from nemovl_train.training.dry_run import dry_run
 from nemovl_train.training.ending import Ending, decisive_options
 from nemovl_train.training.engine import open_engine
 from nemovl_train.training.folder import StageFolder, resolve_checkpoint
+from nemovl_train.training.handover import hand_over
 from nemovl_train.training.kernel_choices import tune_once
 from nemovl_train.training.lost_process import explained, shared_store
 from nemovl_train.training.lr import learning_rate
@@ -117,6 +119,9 @@ class Trainer:
         self.config, self.folder, self.layout = config, folder, layout
         self.watchdog = watchdog or Watchdog(folder.path / "stacks", layout.rank, 0)
         dtype = DTYPES[config.precision.params]
+        resumed_from = folder.newest_checkpoint()
+        # Drawing billions of numbers on a CPU takes minutes. Where a checkpoint replaces them all, any will do.
+        replaced = resumed_from is not None or config.trainer.init_from is not None
         self.model = build_model(
             config.model,
             layout,
@@ -125,9 +130,9 @@ class Trainer:
             seed=config.trainer.seed,
             recompute=config.recompute,
             precision=config.precision,
+            draw_on=layout.device if replaced else "cpu",
         )
         self.state = TrainState(seed=config.trainer.seed, config_hash=config_hash(config))
-        resumed_from = folder.newest_checkpoint()
         if resumed_from is None:
             self._load_initial_weights()
         elif config.adapter.rank:
@@ -279,17 +284,19 @@ class Trainer:
         folder = found.folder if isinstance(found, sealed.Verified) else found
         on_first_rank(lambda: refuse_adapters(folder))
         try:
-            sealed.load(found, model=self.model)
+            sealed.load(found, model=self.model, nodes_at_once=self.config.checkpoint.nodes_at_once)
         except sealed.DamagedError as error:
             raise CheckpointError(
                 f"{error}; remove {folder} and start what made it again: it continues from the checkpoint before"
             ) from error
         self.state.parent = str(folder.absolute())
         self.state.parent_seal = on_first_rank(lambda: sealed.seal_of(folder))
+        on_first_rank(lambda: write_lineage(self.folder.path, folder))
 
     def _restore(self, found: sealed.Verified) -> None:
         folder = found.folder
-        raw = sealed.load(found, model=self.engine.weights, optimizer=self.engine)
+        at_once = self.config.checkpoint.nodes_at_once
+        raw = sealed.load(found, model=self.engine.weights, optimizer=self.engine, nodes_at_once=at_once)
         restored = TrainState.from_json(raw, folder / "state.json")
         if restored.seed != self.state.seed and not self.folder.recognised:
             raise CheckpointError(f"{folder}: seed differs from this run's; choose another run.stage")
@@ -377,6 +384,7 @@ class Trainer:
             )
         if evaluated is None:
             return self._requeue()
+        hand_over(self, evaluated)
         on_first_rank(self._note_end)
         self._call("on_end")
         log.info("%s: done after %d steps", self.folder.path, self.state.step)

@@ -175,8 +175,18 @@ def test_a_layout_that_its_cluster_does_not_allow_is_said_once(base: RunConfig):
 def test_context_parallel_lengths(base: RunConfig):
     long = changed(changed(base, "parallel.cp", 2), "data.seq_length", 224)
     found = validate_run(long)
-    assert any("parallel.tp x parallel.cp x model.language.chunk_size = 64; nearest: 192 or 256" in p for p in found)
+    assert found == [
+        "parallel.cp=2: data.seq_length=224 does not divide into whole chunks (parallel.tp x parallel.cp x "
+        "model.language.chunk_size = 64); set parallel.cp=1, or data.seq_length=192 or 256"
+    ]
     assert validate_run(changed(base, "parallel.cp", 2)) == []
+    # The length is fine by itself: the layout is answered with a layout, and one that can run.
+    three = validate_run(changed(base, "parallel.cp", 3))
+    assert three[0].startswith("parallel.cp=3: data.seq_length=256 ")
+    assert "set parallel.cp=2, or data.seq_length=192 or 288" in three[0]
+    # A length that no layout could take stays the length's problem.
+    bad = validate_run(changed(changed(base, "parallel.cp", 2), "data.seq_length", 250))
+    assert any(p.startswith("data.seq_length=250: must be a multiple of") for p in bad)
 
 
 def test_world_sizes(base: RunConfig):

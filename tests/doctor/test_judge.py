@@ -5,9 +5,10 @@ from dataclasses import asdict, replace
 
 import pytest
 
+from nemovl_train.doctor.exclude import add_excluded
 from nemovl_train.doctor.facts import Gpu, NodeFacts, collect_facts, parse_gpus, parse_links, write_rate
 from nemovl_train.doctor.judge import as_document, as_text, judge
-from nemovl_train.doctor.preflight import _add, neighbour_pairs, parse_facts
+from nemovl_train.doctor.preflight import neighbour_pairs, parse_facts
 
 H100 = "NVIDIA H100 80GB HBM3"
 GOOD = NodeFacts(
@@ -118,8 +119,8 @@ def test_every_node_meets_both_neighbours():
 
 def test_bad_nodes_are_added_once(tmp_path):
     path = tmp_path / "lists" / "bad.txt"
-    _add(path, {"node3": ["slow"]})
-    _add(path, {"node3": ["slow"], "node4": ["gone"]})
+    add_excluded(path, {"node3": ["slow"]})
+    add_excluded(path, {"node3": ["slow"], "node4": ["gone"]})
     lines = path.read_text().splitlines()
     assert [line.split("  #")[0] for line in lines] == ["node3", "node4"]
     assert lines[1].endswith("gone")

@@ -4,12 +4,13 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from launch.node import NodeJob, _cache_variables, run_node, stagger_seconds, true_exit_code
-from nemovl_train.exit_codes import EXIT_FILE, ExitCode, guarded
+from nemovl_train.exit_codes import EXIT_FILE, ExitCode, guarded, read_exit_file
 
 ROOT = Path(__file__).parents[2]
 STOPS = """
@@ -53,6 +54,39 @@ def test_a_process_that_saved_ends_with_0_under_a_launcher(tmp_path, monkeypatch
     assert (tmp_path / "code").read_text() == "75 0"
     monkeypatch.delenv(EXIT_FILE)
     assert guarded(lambda: ExitCode.REQUEUE) == ExitCode.REQUEUE
+
+
+def test_a_process_that_was_started_again_leaves_no_code_of_the_one_before(tmp_path, monkeypatch):
+    """The second round is killed: what stands in the file afterwards must not be the first round's crash."""
+    monkeypatch.setenv(EXIT_FILE, str(tmp_path / "code"))
+    assert guarded(lambda: ExitCode.FAILED) == ExitCode.FAILED
+    assert read_exit_file(tmp_path / "code") == (1, 0)
+    seen = []
+
+    def again() -> int:
+        seen.append(read_exit_file(tmp_path / "code"))
+        return ExitCode.OK
+
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    guarded(again)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    guarded(again)
+    assert seen == [(1, 0), None]  # only the process that writes the file clears it
+
+
+def test_a_signal_while_a_node_waits_for_its_turn_is_a_stop(tmp_path):
+    """Node 100 of a run would start after 50 s. The time limit comes first: no crash, no torchrun, a requeue."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from launch import node; print('here', flush=True)"
+    line = [sys.executable, "-c", f"{code}; sys.exit(node.main())", "--nproc", "1", "--stagger", "0.5"]
+    line += ["--report", str(tmp_path / "report"), "--", str(tmp_path / "never.py")]
+    environment = {**os.environ, "SLURM_PROCID": "100"}
+    process = subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "here\n"
+    time.sleep(0.3)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(timeout=10) == 0
+    assert (tmp_path / "report").read_text() == "75\n"
 
 
 def test_caches_lie_where_the_node_says_unless_the_user_did(tmp_path):

@@ -25,6 +25,14 @@ VARIANTS = {
     "lists": ["slurm.partition=[batch,spare]", "slurm.account=vlm", "slurm.qos=high", "slurm.exclude=['bad[1-3]']"],
     "two kinds": ["slurm.components=[{nodes: 6, partition: [a]}, {nodes: 2, partition: [b], constraint: h100}]"],
     "slices": ["slurm.slices=4"],
+    "slices without bad nodes": ["slurm.slices=4", "slurm.preflight=true", "slurm.exclude_file=bad_nodes.txt"],
+    "array": ["slurm.slices=4", "slurm.slice_jobs=array"],
+    "stragglers": ["slurm.exclude_stragglers=true", "slurm.exclude_file=bad_nodes.txt", "slurm.exclude=[node1]"],
+    "stragglers in a container": [
+        "slurm.exclude_stragglers=true",
+        "slurm.exclude_file=bad_nodes.txt",
+        "slurm.container={runtime: pyxis, image: /x/nemovl.sqsh}",
+    ],
     "pyxis": ["slurm.container={runtime: pyxis, image: /x/nemovl.sqsh, mounts: ['/data:/data:ro']}"],
     "apptainer": ["slurm.container={runtime: apptainer, image: nemovl.sif, mounts: ['/data:/data']}"],
     "preflight": ["slurm.preflight=true", "slurm.exclude_file=bad_nodes.txt"],
@@ -186,6 +194,41 @@ def test_slices_follow_each_other(slurm, capsys):
     assert "--no-requeue" in Path(calls[0][-1]).read_text()
 
 
+def test_slices_as_an_array_are_one_submission(slurm, capsys):
+    assert cli.main(["launch", "slurm", *TINY, "slurm.slices=3", "slurm.slice_jobs=array", "--dry-run"]) == 0
+    assert capsys.readouterr().out.rstrip().endswith("job.sh  # x 1")
+    assert cli.main(["launch", "slurm", *TINY, "slurm.slices=3", "slurm.slice_jobs=array"]) == 0
+    assert "submitted 1:" in capsys.readouterr().out
+    (call,) = slurm.submitted()
+    asked = directives(Path(call[-1]).read_text())
+    assert "--array=1-3%1" in asked
+    assert any(line.endswith("/%A_%a.log") for line in asked)
+    assert call[1:-1] == []
+    two = ["slurm.slices=3", "slurm.slice_jobs=array", "slurm.components=[{nodes: 1}]"]
+    assert cli.main(["launch", "slurm", TINY[0], "slurm.processes_per_node=1", *two]) == 2
+    assert "set slurm.slice_jobs=chain" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["chain", "array"])
+def test_slices_that_are_not_needed_any_more_are_taken_out_of_the_queue(slurm, tmp_path, monkeypatch, form):
+    end = functools.partial(end_with, slurm, tmp_path, monkeypatch)
+    more = ["slurm.slices=5", f"slurm.slice_jobs={form}"]
+    assert end(code=0, report=75, extra=more)[0] == 75
+    assert not slurm.said("cancelled"), "there is more to do"
+    assert end(code=0, report=0, extra=more)[0] == 0
+    assert "--state=PENDING" in (cancelled := slurm.said("cancelled"))
+    assert "--name=nemovl" in cancelled
+    assert end(code=1, report=2, extra=more)[0] == 2
+    assert slurm.said("cancelled"), "a bad config would end every one of them"
+    script = Path(slurm.submitted()[-1][-1])
+    monkeypatch.setenv("REPORT", "")
+    counts = []
+    for restart in range(5):
+        assert slurm.run(script, restart, lambda: False, timeout_s=20)[0] == 1
+        counts.append(bool(slurm.said("cancelled")))
+    assert counts == [False, False, False, True, True], "slices share the count of failures in a row"
+
+
 def test_errors_of_sbatch_are_one_message(slurm, capsys, monkeypatch):
     (slurm.spool / "refuse").write_text("batch")
     assert cli.main(["launch", "slurm", *TINY]) == 2
@@ -198,7 +241,8 @@ def test_errors_of_sbatch_are_one_message(slurm, capsys, monkeypatch):
 NODE = """#!/usr/bin/env bash
 # Stands for the interpreter on a node: leaves the exit codes that the test wants.
 case "$*" in
-*preflight*) exit "$PREFLIGHT" ;;
+*doctor.preflight*) exit "$PREFLIGHT" ;;
+*doctor.stragglers*) exit 0 ;;
 esac
 while [ "$1" != --report ]; do shift; done
 [ -z "$REPORT" ] || echo "$REPORT" >"$2"
@@ -244,6 +288,47 @@ def test_refused_nodes_are_left_out_of_a_new_job(slurm, tmp_path, monkeypatch):
     end_with(slurm, tmp_path, monkeypatch, preflight=1, extra=options)
     assert len(slurm.submitted()) == before + 1  # the test's own submission alone: no fourth move
     assert end_with(slurm, tmp_path, monkeypatch, preflight=0, report=0, extra=options)[0] == 0
+
+
+def test_a_job_that_waited_while_its_nodes_were_excluded_makes_room_for_another(slurm, tmp_path, monkeypatch):
+    """The job was submitted with nothing to leave out; its node came onto the list before it started."""
+    options = [f"slurm.exclude_file={tmp_path}/bad.txt"]
+    assert end_with(slurm, tmp_path, monkeypatch, code=0, report=0, extra=options)[0] == 0
+    script = Path(slurm.submitted()[-1][-1])
+    (tmp_path / "bad.txt").write_text("localhost  # slow\nnode9\n")
+    code, log = slurm.run(script, 1, lambda: False, timeout_s=20)
+    assert code == 1
+    assert "given localhost" in log
+    assert slurm.submitted()[-1][0] == "--exclude=localhost,node9"
+    (tmp_path / "bad.txt").write_text("node9\n")
+    assert slurm.run(script, 2, lambda: False, timeout_s=20)[0] == 0
+
+
+def test_slices_in_the_queue_learn_of_refused_nodes(slurm, tmp_path, monkeypatch):
+    options = ["slurm.preflight=true", f"slurm.exclude_file={tmp_path}/bad.txt", "slurm.slices=3"]
+    (tmp_path / "bad.txt").write_text("node7\nnode3\n")
+    (slurm.spool / "waiting").write_text("41\n42\n41\n")
+    before = len(slurm.submitted())
+    assert end_with(slurm, tmp_path, monkeypatch, preflight=1, extra=options)[0] == 1
+    assert slurm.said("updates").splitlines() == [
+        "JobId=41 ExcNodeList=node3,node7",
+        "JobId=42 ExcNodeList=node3,node7",
+    ]
+    assert len(slurm.submitted()) == before + 3, "the launch's own; no job beside them"
+
+
+def test_the_script_asks_for_slow_nodes_after_a_run(slurm, tmp_path, monkeypatch, capsys):
+    """The stand-in for the interpreter writes down how it was called."""
+    options = ["slurm.exclude_stragglers=true", f"slurm.exclude_file={tmp_path}/bad.txt"]
+    monkeypatch.setattr(sys.modules[__name__], "NODE", NODE.replace("case", f'echo "$*" >>{tmp_path}/calls\ncase', 1))
+    assert end_with(slurm, tmp_path, monkeypatch, code=0, report=75, extra=options)[:2] == (75, True)
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert "nemovl_train.train" in calls[0]
+    folder = tmp_path / "runs/tiny/stage1_sft_16k"
+    assert calls[1] == f"-m nemovl_train.doctor.stragglers {folder} --exclude-file {tmp_path}/bad.txt"
+    capsys.readouterr()
+    assert cli.main(["launch", "slurm", *TINY, "slurm.exclude_stragglers=true", "--dry-run"]) == 2
+    assert "exclude_stragglers=true needs a file" in capsys.readouterr().err
 
 
 def test_exclude_files_hold_names_alone(tmp_path):

@@ -146,6 +146,16 @@ def test_packing_saves_most_of_stage_0():
     assert packed["data"]["packing_saves"] is None
 
 
+@pytest.mark.parametrize("cluster", ["h100_x8", "h100_x64", "h100_x512"])
+def test_every_stage_can_be_followed_on_the_same_sets(cluster):
+    stages = compose_schedule("nano_12b_v2_vl/schedule").stages
+    runs = [compose_run(stage.recipe, [f"cluster={cluster}", "+evaluation=nano_v2_vl"]) for stage in stages]
+    assert all(run.evaluation == runs[0].evaluation for run in runs)
+    blends = {source.path for run in runs for source in run.data.sources.values()}
+    assert set(runs[0].evaluation.sources.values()) <= blends
+    assert not compose_run(stages[0].recipe).evaluation.sources
+
+
 def test_a_schedule_hands_its_cluster_to_the_stages():
     schedule = compose_schedule("nano_12b_v2_vl/schedule", ["cluster=h100_x8", "cluster.gpu=h200_141gb"])
     stages = [compose_stage(schedule, stage) for stage in schedule.stages]

@@ -57,7 +57,7 @@ def write_recipes(
             },
             "optim": {"lr": 3e-3},
             "trainer": {"steps": steps, "global_batch": 2, "train": train},
-            "checkpoint": {"every_steps": 2},
+            "checkpoint": {"every_steps": 2, "nodes_at_once": 1},
         }
         stage["defaults"].append("_self_")
         if heldout:

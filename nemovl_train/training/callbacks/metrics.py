@@ -52,7 +52,8 @@ class MetricsFile(Callback):
         truncate_after(path, trainer.state.step)
         with explain_disk_errors(self.folder):
             self.metrics = path.open("a", buffering=1)
-        self._event(trainer, "start", parent=trainer.state.parent, resumed_from_step=trainer.state.step)
+        hosts = trainer.telemetry.hosts
+        self._event(trainer, "start", parent=trainer.state.parent, resumed_from_step=trainer.state.step, hosts=hosts)
 
     def on_step(self, trainer: Run, result: StepResult, *, lr: float, data_seconds: float) -> None:
         """Write the step's row, and an event when the step changed nothing."""

@@ -1,0 +1,65 @@
+"""Whose weights a stage goes back to. Written when it starts, so that the record outlives the checkpoints it names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nemovl_train.checkpoint import sealed
+from nemovl_train.checkpoint.files import replace_text
+
+FILE = "lineage.json"
+
+
+def write_lineage(stage: Path, parent: Path) -> None:
+    """Note in a stage's folder where its weights come from.
+
+    Args:
+        stage: The stage's folder.
+        parent: Checkpoint that it starts from.
+    """
+    replace_text(stage / FILE, json.dumps(_from(parent), indent=1))
+
+
+def lineage_of(checkpoint: Path) -> list[dict[str, Any]]:
+    """Ancestors of a checkpoint, the nearest first; none for initial weights and imports.
+
+    Each is `stage`, `step` and `trained` parts, or the name of what was imported, with the `integrity` that seals it.
+    A stage from before there was such a record is followed as far as its parents are still there.
+    """
+    written = _home(checkpoint) / FILE
+    if written.is_file():
+        found: list[dict[str, Any]] = json.loads(written.read_text(encoding="utf-8"))
+        return found
+    parent = _state(checkpoint).get("parent")
+    return _from(Path(parent)) if parent else []
+
+
+def _from(parent: Path) -> list[dict[str, Any]]:
+    state = _state(parent)
+    entry: dict[str, Any]
+    if "source" in state:
+        entry = {"imported": state["source"]}
+    else:
+        entry = {"stage": "/".join(_home(parent).parts[-2:]), "step": state.get("step")} | _trained(parent)
+    return [entry | {"integrity": sealed.seal_of(parent)}, *lineage_of(parent)]
+
+
+def _trained(checkpoint: Path) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load((_home(checkpoint) / "config.yaml").read_text(encoding="utf-8"))
+        return {"trained": list(config["trainer"]["train"])}
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return {}
+
+
+def _home(checkpoint: Path) -> Path:
+    return checkpoint.parent.parent
+
+
+def _state(checkpoint: Path) -> dict[str, Any]:
+    path = checkpoint / "state.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
