@@ -357,7 +357,8 @@ def _check_rules(
     if tokenizer is not None and tokenizer.digest() != info["tokenizer_sha256"]:
         differences.append(f"the tokenizer (the run's is {tokenizer.path})")
     if rules is not None:
-        stored, wanted = info["rules"], asdict(rules)
+        # A folder that says nothing of pruning was written before it could be asked for.
+        stored, wanted = {"video_pruning_rate": 0.0, **info["rules"]}, asdict(rules)
         differences += [f"{k} ({stored.get(k)!r}, the run has {v!r})" for k, v in wanted.items() if stored.get(k) != v]
     if differences:
         raise DataError(

