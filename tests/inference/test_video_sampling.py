@@ -134,7 +134,7 @@ def test_training_sees_what_generation_sees(rate, model, prompt, tokenizer, tmp_
     logits = language.logits(language.hidden_states(embeddings, batch.params))
     torch.nn.functional.cross_entropy(logits, batch.labels, ignore_index=-100, reduction="sum").backward()
     for name, parameter in model.named_parameters():
-        assert (found[name] - parameter.grad).norm() <= 2e-6 * parameter.grad.norm() + 1e-9, name
+        assert (found[name] - parameter.grad).norm() <= 2e-5 * parameter.grad.norm() + 1e-9, name
     model.zero_grad(set_to_none=True)
 
 
