@@ -88,6 +88,10 @@ def _rules(args: argparse.Namespace) -> tuple[Any, Path]:
     for name in ("tile_size", "max_tiles", "max_frames", "video_fps", "video_pruning_rate"):
         if (value := getattr(args, name)) is not None:
             rules[name] = value
+    if tokenizer is None and args.like is not None:
+        raise DataError(
+            f"{args.like} holds no tokenizer of its own: add --tokenizer FOLDER, the one it was counted with"
+        )
     if tokenizer is None:
         raise DataError(
             "no tokenizer to count tokens with: add --tokenizer FOLDER, the model's Hugging Face folder (after `make "

@@ -73,6 +73,24 @@ def test_a_folder_counted_at_another_rate_is_refused(pruned_folder, mixed_folder
         Dataset.open(mixed_folder, "train", rules=ask, tokenizer=tokenizer)
 
 
+def test_rules_of_videos_count_where_there_are_videos(tmp_path, write, mixed_samples, configure, tokenizer):
+    still = [sample for sample in mixed_samples(12) if "video" not in sample[0]["id"]]
+    folders = [write(tmp_path / "still", still), write(tmp_path / "text", [s for s in still if not s[1]])]
+    other = configure({}, video_pruning_rate=RATE, max_frames=5, video_fps=1.0)
+    for folder in folders:
+        dataset = Dataset.open(folder, "train", rules=RenderRules.from_config(other), tokenizer=tokenizer)
+        assert not dataset.has_videos
+        dataset.close()
+    rules = RenderRules.from_config(configure({}, video_pruning_rate=RATE, max_tiles=2))
+    with pytest.raises(DataError, match=r"other rules: max_tiles \(4, the run has 2\)\. Set"):
+        Dataset.open(folders[0], "train", rules=rules, tokenizer=tokenizer)
+    moving = write(tmp_path / "moving", mixed_samples(12))
+    with pytest.raises(
+        DataError, match=r"video_fps \(2.0, the run has 1.0\); max_frames \(8, the run has 5\); video_pr"
+    ):
+        Dataset.open(moving, "train", rules=RenderRules.from_config(other), tokenizer=tokenizer)
+
+
 def test_a_folder_that_does_not_know_of_it_is_read_as_before(tmp_path, write, mixed_samples, configure, tokenizer):
     folder = write(tmp_path / "d", mixed_samples(8))
     off = RenderRules.from_config(configure({}))
