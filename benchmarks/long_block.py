@@ -56,9 +56,11 @@ def run_rank(args: argparse.Namespace) -> None:
     if cuda:
         sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "gpu"))
         from gpu_packs import one_configuration_per_kernel
+        from shared_gpus import local_rank
 
-        os.environ["LOCAL_RANK"] = str(args.rank)
-        torch.cuda.set_device(args.rank)
+        gpu = local_rank(args.rank, torch.cuda.device_count())
+        os.environ["LOCAL_RANK"] = str(gpu)
+        torch.cuda.set_device(gpu)
         one_configuration_per_kernel()
     store = dist.FileStore(args.store, args.processes)
     dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=args.rank, world_size=args.processes)
@@ -79,7 +81,8 @@ def run_rank(args: argparse.Namespace) -> None:
             "case": "long_block",
             "date": time.strftime("%Y-%m-%d"),
             "command": f"python benchmarks/long_block.py --processes {args.processes}" + " --small" * args.small,
-            "device": f"{args.processes} x {torch.cuda.get_device_name() if cuda else 'CPU'}",
+            "device": f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}" if cuda else "CPU",
+            "processes": args.processes,
             "tokens": tokens,
             "dtype": str(dtype),
             "worst_relative_error": float(errors.max()),

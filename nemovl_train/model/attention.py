@@ -94,33 +94,38 @@ class ContextAttention(MegatronModule):
             query, key, value = (t.unflatten(1, (-1, width)) for t in parts)
             return gather_columns(self._plain(query, key, value, attn_mask_type, pack).flatten(1), self.cp_group)
         gathered = gather_tokens(torch.cat([key, value], dim=1), self.cp_group)
-        inputs = own_inputs(query, gathered, pack)
-        return self._plain(*inputs, AttnMaskType.causal_bottom_right, pack.own_queries)
+        key, value = gathered[pack.first_key : pack.context.stop].chunk(2, dim=1)
+        return self._plain(query, key, value, AttnMaskType.causal_bottom_right, pack.own_queries)
 
     def _plain(self, query: Tensor, key: Tensor, value: Tensor, mask: AttnMaskType, pack: PackParams) -> Tensor:
-        return self.core(query, key, value, None, attn_mask_type=mask, packed_seq_params=pack)
+        return dense_attention(self.core, query, key, value, mask, pack)
 
     def _rotated(self, heads: Tensor, angles: Tensor) -> Tensor:
         return apply_rotary_pos_emb(heads.unsqueeze(1), angles, self.config, cp_group=self.cp_group).squeeze(1)
 
 
-def own_inputs(query: Tensor, gathered: Tensor, pack: PackParams) -> tuple[Tensor, Tensor, Tensor]:
-    """This rank's queries, and the keys and values that they can see, each dense in memory.
+def dense_attention(
+    core: Any, query: Tensor, key: Tensor, value: Tensor, mask: AttnMaskType, pack: PackParams
+) -> Tensor:
+    """A backend's attention, on inputs that are dense in memory.
 
     Transformer Engine 2.20 recognises keys and values that lie beside each other and then takes the queries to be dense
-    without a look (`get_qkv_layout` in `attention/dot_product_attention/utils.py`). With one key/value head they are a
-    view of the fused projection and are not: it computes with the wrong numbers.
+    without a look (`get_qkv_layout` in `attention/dot_product_attention/utils.py`). Where a rank has one key/value head
+    they are a view of the fused projection and are not: it computes with the wrong numbers.
 
     Args:
+        core: The backend's attention.
         query: [L, Q, D].
-        gathered: [S, 2 * K, D], keys beside values, of all tokens of the pack.
-        pack: The pack and this rank's context in it.
+        key: [M, K, D], of the tokens that these queries can see.
+        value: Like `key`.
+        mask: `causal`, or `causal_bottom_right` where queries are the last of their documents' keys.
+        pack: Boundaries of both.
 
     Returns:
-        Queries [L, Q, D]; keys and values of [end of the context - `first_key`, K, D].
+        [L, Q * D].
     """
-    key, value = gathered[pack.first_key : pack.context.stop].chunk(2, dim=1)
-    return query.contiguous(), key.contiguous(), value.contiguous()
+    query, key, value = (tensor.contiguous() for tensor in (query, key, value))
+    return core(query, key, value, None, attn_mask_type=mask, packed_seq_params=pack)
 
 
 class TorchAttention(MegatronModule):

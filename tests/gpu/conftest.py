@@ -25,8 +25,11 @@ def quick_kernels():
 
 @pytest.fixture(scope="session")
 def record(request):
-    """Collects measured differences and prints them as one table at the end."""
-    rows: list[tuple[str, float, float]] = []
-    yield lambda name, measured, bound: rows.append((name, measured, bound))
-    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        print("\n\n" + "\n".join(f"{name:<76} {measured:10.2e}  <= {bound:.1e}" for name, measured, bound in rows))
+    """Prints measured differences as they come: a run that is cut off has shown what it found."""
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+
+    def row(name: str, measured: float, bound: float) -> None:
+        with capture.global_and_fixture_disabled():
+            print(f"\n{name:<76} {measured:10.2e}  <= {bound:.1e}", end="", flush=True)
+
+    return row

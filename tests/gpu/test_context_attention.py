@@ -5,7 +5,7 @@ import torch
 from gpu_packs import relative
 
 from nemovl_train.config.schema import LanguageConfig, ParallelConfig
-from nemovl_train.model.attention import TorchAttention, own_inputs
+from nemovl_train.model.attention import TorchAttention, dense_attention
 from nemovl_train.model.backend import select_backend
 from nemovl_train.model.language import language_transformer_config
 from nemovl_train.model.packing import PackParams
@@ -69,11 +69,11 @@ def test_queries_of_each_rank_see_what_the_whole_pack_sees(name, sizes, layout, 
             # As the layer has them: a view of the fused projection's rows.
             own = torch.cat([query, key, value], dim=1)[held.start : held.stop, :heads]
             if ranks == 1:
-                out = core(own, key, value, None, attn_mask_type=AttnMaskType.causal, packed_seq_params=pack_of())
+                out = dense_attention(core, own, key, value, AttnMaskType.causal, pack_of())
             else:
-                inputs = own_inputs(own, torch.cat([key, value], dim=1), pack_of(held))
-                options = {"attn_mask_type": AttnMaskType.causal_bottom_right}
-                out = core(*inputs, None, **options, packed_seq_params=pack_of(held).own_queries)
+                pack = pack_of(held)
+                seen = torch.cat([key, value], dim=1)[pack.first_key : held.stop].chunk(2, dim=1)
+                out = dense_attention(core, own, *seen, AttnMaskType.causal_bottom_right, pack.own_queries)
             outputs.append(out.reshape(len(held), -1))
         out = torch.cat(outputs)
         out.backward(weight.to(dtype))

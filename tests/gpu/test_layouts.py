@@ -1,9 +1,12 @@
 """The layout matrix of `tests/parallel` on as many GPUs as there are: fp32 against one GPU, and `te` in bf16.
 
 In bf16 a layout may err, against fp32 on one GPU, at most 1.5 times what `te` on one GPU errs: sums in another order
-round differently, a wrong one would be off by far more.
+round differently, a wrong one would be off by far more. Tensors of a few elements, the mixer's `D` of eight heads say,
+have too few roundings for the two errors to be alike: 6 (the ratio of the norms of two such draws exceeds 1.5 one time
+in seven, 6 twice in a hundred thousand).
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -18,10 +21,12 @@ import matrix
 
 pytestmark = pytest.mark.gpu
 
-RANKS = torch.cuda.device_count()
-NAMES = [name for name, case in matrix.CASES.items() if RANKS > 1 and matrix.fits(case, RANKS)]
+RANKS = int(os.environ.get("NEMOVL_TEST_RANKS", torch.cuda.device_count()))
+"""More than there are GPUs needs an NCCL that lets ranks share one: `shared_gpus.py`."""
+CASES = matrix.EIGHT if RANKS == 8 else matrix.CASES
+NAMES = [name for name, case in CASES.items() if RANKS > 1 and matrix.fits(case, RANKS)]
 # In bf16 the last bits of a feature, which differ between layouts, decide which of two alike tokens of a video is kept.
-SMOOTH = [name for name in NAMES if matrix.CASES[name].packs != "clips"]
+SMOOTH = [name for name in NAMES if CASES[name].packs != "clips"]
 # Weights that nobody waits for are a race, which NCCL on these small ones may win: gloo's ranks show it.
 CONTROLS = [
     name
@@ -30,6 +35,7 @@ CONTROLS = [
 ]
 FP32 = 1e-4
 SLACK = 1.5
+FEW, SLACK_OF_FEW = 64, 6.0
 TIMEOUT_S = 400
 
 
@@ -68,28 +74,29 @@ def te(request, tmp_path_factory):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_layout_equals_one_gpu_in_fp32(name, fp32, alone, record):
-    error, where = matrix.worst(matrix.results(fp32, name), alone(matrix.CASES[name], "torch", torch.float32))
-    record(f"{RANKS} GPUs, fp32, {name}: {where}", error, FP32)
+    error, where = matrix.worst(matrix.results(fp32, name), alone(CASES[name], "torch", torch.float32))
+    record(f"{RANKS} ranks, fp32, {name}: {where}", error, FP32)
     assert error <= FP32, where
 
 
 @pytest.mark.parametrize("name", CONTROLS)
 def test_a_broken_layout_does_not(name, fp32, alone, record):
     error, _ = matrix.worst(matrix.results(fp32, name), alone(matrix.CONTROLS[name], "torch", torch.float32))
-    record(f"{RANKS} GPUs, fp32, switched off: {name}", error, float("inf"))
+    record(f"{RANKS} ranks, fp32, switched off: {name}", error, float("inf"))
     assert error > 1e-3
 
 
 @pytest.mark.parametrize("name", SMOOTH)
 def test_te_errs_as_on_one_gpu(name, te, alone, record):
-    exact = alone(matrix.CASES[name], "torch", torch.float32)
-    one, found = alone(matrix.CASES[name], "te", torch.bfloat16), matrix.results(te, name)
+    exact = alone(CASES[name], "torch", torch.float32)
+    one, found = alone(CASES[name], "te", torch.bfloat16), matrix.results(te, name)
     assert found.keys() == exact.keys()
     worst, where = 0.0, ""
     for key in exact:
         alone_error = matrix.worst({key: one[key]}, {key: exact[key]})[0]
         ratio = matrix.worst({key: found[key]}, {key: exact[key]})[0] / max(alone_error, 1e-3)
-        if ratio > worst and not key.endswith("linear_qkv.bias"):
-            worst, where = ratio, key
-    record(f"{RANKS} GPUs, te bf16, {name}, error over one GPU's: {where}", worst, SLACK)
-    assert worst <= SLACK, where
+        share = ratio / (SLACK_OF_FEW if exact[key].numel() < FEW else SLACK)
+        if share > worst and not key.endswith("linear_qkv.bias"):
+            worst, where = share, key
+    record(f"{RANKS} ranks, te bf16, {name}, error over one GPU's as a share of what it may be: {where}", worst, 1.0)
+    assert worst <= 1.0, where

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from megatron.core.transformer.enums import AttnMaskType
 
-from nemovl_train.model.attention import own_inputs
+from nemovl_train.model.attention import dense_attention
 from nemovl_train.model.packing import PackParams
 
 LENGTHS = (5, 11, 1, 7, 8)  # 32 tokens; documents start at 0, 5, 16, 17 and 24
@@ -68,11 +69,11 @@ def test_own_queries_end_where_their_keys_end(context):
     assert torch.equal(params.position_ids, torch.cat([torch.arange(n) for n in LENGTHS])[context.start : context.stop])
 
 
-def test_inputs_of_gathered_attention_are_dense():
+def test_a_backend_gets_dense_tensors():
     """Transformer Engine reads a strided view of the fused projection as if it were dense."""
-    params = pack(range(16, 32))
-    fused = torch.randn(16, 6, 4)
-    query, key, value = own_inputs(fused[:, :4], torch.arange(32 * 2 * 4.0).view(32, 2, 4), params)
-    assert torch.equal(query, fused[:, :4])
-    assert all(tensor.is_contiguous() for tensor in (query, key, value))
-    assert torch.equal(torch.cat([key, value], dim=1), torch.arange(32 * 2 * 4.0).view(32, 2, 4)[params.first_key :])
+    fused, seen = torch.randn(16, 6, 4), []
+    parts = fused[:, :4], fused[:, 4:5], fused[:, 5:]
+    dense_attention(lambda *inputs, **_: seen.extend(inputs[:3]), *parts, AttnMaskType.causal, pack(range(16, 32)))
+    assert not any(tensor.is_contiguous() for tensor in parts)
+    assert all(tensor.is_contiguous() for tensor in seen)
+    assert all(map(torch.equal, seen, parts))

@@ -327,12 +327,13 @@ def save_adapters(folder: Path) -> None:
 
 
 def move_checkpoint(folder: Path) -> None:
-    """Train in TP 2 x CP 2, save, take another step; load in TP 2 x DP 2, save again, take that step there.
+    """Train in TP 2 x CP 2 (CP 4 on eight ranks), save, take a step; load in TP 2 x DP, save, take that step there.
 
     Leaves the folders `first` and `second`, and in `moved.pt` the parameters and losses.
     """
     found = {}
-    for name, parallel, source in (("first", TP2_CP2_SP, None), ("second", TP2, "first")):
+    context = TP2_CP4_SP if dist.get_world_size() == 8 else TP2_CP2_SP
+    for name, parallel, source in (("first", context, None), ("second", TP2, "first")):
         layout = Layout.create(parallel)
         model, optimizers, optim = make_trainer(MOVED, MODEL, layout)
         packs = make_packs("images")[layout.dp_rank :: layout.dp]
@@ -360,6 +361,9 @@ CP2 = ParallelConfig(cp=2)
 CP4 = ParallelConfig(cp=4)
 TP2_CP2 = ParallelConfig(tp=2, cp=2)
 TP2_CP2_SP = ParallelConfig(tp=2, cp=2, sequence_parallel=True)
+TP2_CP4_SP = ParallelConfig(tp=2, cp=4, sequence_parallel=True)
+TP4_CP2_SP = ParallelConfig(tp=4, cp=2, sequence_parallel=True)
+CP8 = ParallelConfig(cp=8)
 
 
 def heads(parallel: ParallelConfig) -> ParallelConfig:
@@ -439,6 +443,23 @@ CASES |= {
     "cp4 sharded, no image-side weights change": Case(parallel=CP4, distributed=True, steps=2, packs="text"),
 }
 SELECTIVE = RecomputeConfig(language="selective", vision="selective")
+EIGHT: dict[str, Case] = {
+    "tp2 cp4 sp": Case(parallel=TP2_CP4_SP),
+    "tp2 cp4 sp heads": Case(parallel=heads(TP2_CP4_SP), model="eight_groups"),
+    "tp2 cp4 sp sharded overlap": Case(
+        parallel=TP2_CP4_SP,
+        recompute=RecomputeConfig(language="full", vision="full"),
+        overlap=True,
+        distributed=True,
+        steps=3,
+    ),
+    "tp4 cp2 sp": Case(parallel=TP4_CP2_SP),
+    "cp8": Case(parallel=CP8),
+    "cp8 heads": Case(parallel=heads(CP8), model="eight_groups"),
+    "cp2 dp4": Case(parallel=CP2),
+}
+"""Layouts of eight ranks: the published node's."""
+
 CASES |= {
     "tp2 cp2 sp selective": Case(parallel=TP2_CP2_SP, recompute=SELECTIVE),
     "cp4 heads selective": Case(parallel=heads(CP4), recompute=SELECTIVE),
@@ -537,15 +558,17 @@ def main() -> None:
     torch.set_num_threads(1)
     cuda = torch.cuda.is_available()
     if cuda:
-        os.environ["LOCAL_RANK"] = str(args.rank)
-        torch.cuda.set_device(args.rank)
         sys.path.insert(0, str(Path(__file__).parents[1] / "gpu"))
         from gpu_packs import one_configuration_per_kernel
+        from shared_gpus import local_rank
 
+        gpu = local_rank(args.rank, torch.cuda.device_count())
+        os.environ["LOCAL_RANK"] = str(gpu)
+        torch.cuda.set_device(gpu)
         one_configuration_per_kernel()
     store = dist.FileStore(str(args.folder / "store"), args.ranks)
     dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=args.rank, world_size=args.ranks)
-    every = CASES | CONTROLS
+    every = CASES | CONTROLS | EIGHT
     # Groups take seconds to make on GPUs: cases of one layout share them.
     names = sorted(args.cases, key=lambda name: repr(every[name].parallel))
     for parallel, same in itertools.groupby(names, key=lambda name: every[name].parallel):

@@ -45,7 +45,9 @@ FEW_HEADS = replace(MODEL, language=replace(MODEL.language, num_query_groups=2))
 # The predecessor's kind of model.
 ROTARY = replace(MODEL, language=replace(MODEL.language, hybrid_pattern="*-*-", position="rope", activation="swiglu"))
 ONE_HEAD = replace(MODEL, language=replace(MODEL.language, num_query_groups=1))
-MODELS = {"hybrid": MODEL, "few_heads": FEW_HEADS, "one_head": ONE_HEAD, "rotary": ROTARY}
+# As many groups of the scan as eight ranks share.
+EIGHT_GROUPS = replace(MODEL, language=replace(MODEL.language, mamba_num_groups=8))
+MODELS = {"hybrid": MODEL, "eight_groups": EIGHT_GROUPS, "few_heads": FEW_HEADS, "one_head": ONE_HEAD, "rotary": ROTARY}
 
 # Documents (length, tiles) of four packs. Lengths divide nothing; a document starts exactly where ranks of CP 2 and 4
 # meet (128), others one before and after; tiles of four tokens lie across the borders of ranks.

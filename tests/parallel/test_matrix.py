@@ -65,8 +65,8 @@ def everything(tmp_path_factory):
     return folder
 
 
-def check(folder, name, alone):
-    case = matrix.CASES[name]
+def check(folder, name, alone, cases=matrix.CASES):
+    case = cases[name]
     expected, found = alone(case), matrix.results(folder, name)
     error, where = matrix.worst(found, expected)
     assert error <= BOUND, where
@@ -126,6 +126,10 @@ def documents_alone(one_process):
 
 @pytest.fixture(scope="module")
 def moved(quick, one_process):
+    return moved_state(quick, one_process)
+
+
+def moved_state(folder, one_process):
     """Parameters and optimizer state of both checkpoints, loaded in one process, and of a run that never moved."""
     found = {}
     for name in ("first", "second", None):
@@ -134,8 +138,8 @@ def moved(quick, one_process):
             for _ in range(matrix.MOVED.steps):
                 train_step(optimizers, make_packs("images"), one_process, lr=optim.lr, divisor="global")
         else:
-            folder = sealed.step_folder(quick / name, matrix.MOVED.steps)
-            sealed.load(folder, model=model, optimizer=optimizers)
+            step = sealed.step_folder(folder / name, matrix.MOVED.steps)
+            sealed.load(step, model=model, optimizer=optimizers)
         tensors = {n: p.detach().clone() for n, p in model.named_parameters()}
         for side in optimizers.sides:
             for number, tensor in enumerate(_state_tensors(side.optimizer)):
@@ -155,10 +159,18 @@ def _state_tensors(optimizer):
 
 def test_a_checkpoint_moves_between_layouts_bitwise(quick, moved):
     """Written at TP 2 x CP 2; loaded in one process, and at TP 2 x DP 2, written there and loaded in one process."""
+    check_moved_bitwise(quick, moved)
+
+
+def test_a_moved_checkpoint_is_the_state_of_a_run_that_never_moved(quick, moved):
+    check_moved_state(quick, moved)
+
+
+def check_moved_bitwise(folder, moved):
     assert moved["first"].keys() == moved["second"].keys()
     different = [n for n, t in moved["first"].items() if not torch.equal(t, moved["second"][n])]
     assert different == []
-    gathered = matrix.results(quick, "moved")
+    gathered = matrix.results(folder, "moved")
     for name, tensor in moved["first"].items():
         if f"first {name}" in gathered:
             assert torch.equal(tensor, gathered[f"first {name}"]), name
@@ -166,11 +178,11 @@ def test_a_checkpoint_moves_between_layouts_bitwise(quick, moved):
     assert any(" state " in name and t.any() for name, t in moved["first"].items())
 
 
-def test_a_moved_checkpoint_is_the_state_of_a_run_that_never_moved(quick, moved):
+def check_moved_state(folder, moved):
     """Moments are in their own parameters' places: those of one process after the same steps, up to rounding."""
     for name, tensor in moved[None].items():
         assert (moved["first"][name] - tensor).norm() <= 1e-4 * tensor.norm() + 1e-9, name
-    gathered = matrix.results(quick, "moved")
+    gathered = matrix.results(folder, "moved")
     first, second = (gathered[f"{name}, loss of the next step"] for name in ("first", "second"))
     assert abs(first - second) <= LOSS_BOUND * first
 
@@ -199,6 +211,27 @@ def test_every_layout_equals_one_process(name, everything, alone):
 @pytest.mark.parametrize("name", [name for name in matrix.CONTROLS if name not in matrix.QUICK_CONTROLS])
 def test_no_broken_layout_does(name, everything, alone):
     check_control(everything, name, alone)
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("eight")
+    matrix.run_ranks(8, folder, matrix.EIGHT, "--checkpoint", timeout_s=900)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", matrix.EIGHT)
+def test_every_layout_of_eight_ranks_equals_one_process(name, eight, alone):
+    check(eight, name, alone, matrix.EIGHT)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_eight_ranks_moves_bitwise(eight, one_process):
+    """Written at TP 2 x CP 4; loaded in one process, and at TP 2 x DP 4, written there and loaded in one process."""
+    moved = moved_state(eight, one_process)
+    check_moved_bitwise(eight, moved)
+    check_moved_state(eight, moved)
 
 
 def test_micro_batches_and_order_do_not_matter_to_one_process(alone):
