@@ -1,11 +1,8 @@
 """Efficient Video Sampling, generation and training: what the language model sees, and that rate 0 changes nothing."""
 
-import io
 from dataclasses import replace
 from typing import Any
 
-import av
-import numpy as np
 import pytest
 import small_vlm
 import torch
@@ -42,21 +39,6 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
     return TextTokenizer(small_vlm.write_tokenizer(tmp_path_factory.mktemp("t") / "tokenizer"))
 
 
-def clip() -> bytes:
-    """Noise that stands still but for a square that wanders."""
-    out = io.BytesIO()
-    pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
-    with av.open(out, "w", format="mp4") as container:
-        stream = container.add_stream("mpeg4", rate=2)
-        stream.width = stream.height = 64
-        stream.pix_fmt = "yuv420p"
-        for i in range(FRAMES):
-            pixels[8 * i : 8 * i + 8] = 255 - pixels[8 * i : 8 * i + 8]
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        container.mux(stream.encode())
-    return out.getvalue()
-
-
 def question(answer: str | None = None) -> tuple[dict[str, Any], dict[str, bytes]]:
     """A record with an image, and a video behind it; its media."""
     metadata = {"video_width": 64, "video_height": 64, "video_fps": 2.0, "video_num_frames": FRAMES}
@@ -68,7 +50,7 @@ def question(answer: str | None = None) -> tuple[dict[str, Any], dict[str, bytes
     messages = [{"role": "user", "content": items}]
     if answer is not None:
         messages.append({"role": "assistant", "content": answer})
-    return {"id": "q", "messages": messages}, {"v": clip(), "i": small_vlm.picture(3)}
+    return {"id": "q", "messages": messages}, {"v": small_vlm.clip(FRAMES), "i": small_vlm.picture(3)}
 
 
 @pytest.fixture(scope="module")
