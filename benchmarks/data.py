@@ -50,6 +50,8 @@ def main() -> None:
         "machine": f"{psutil.cpu_count()} CPUs, {platform.machine()}, Python {platform.python_version()}",
         "load": psutil.getloadavg()[0],
     }
+    args.work.mkdir(parents=True, exist_ok=True)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.work) as folder:
         args.work = Path(folder)
         result = {**about, "result": run[args.part](args)}

@@ -102,6 +102,8 @@ class DataConfig:
         use_thumbnail: Append one tile with the whole image when the grid has more than one tile.
         video_fps: Frames sampled per second of video.
         max_frames: Most frames of one video.
+        video_pruning_rate: Share of each video's visual tokens that never reach the language model (Efficient Video
+            Sampling, arXiv 2510.14624), in [0, 1); which ones, the model finds by its features.
         num_workers: Processes that build packs ahead; 0 builds them in the training process.
         document_bucket: The number of documents of a pack is rounded up to a multiple of this.
         max_seqlen_bucket: `max_seqlen` is rounded up to a multiple of this.
@@ -122,6 +124,7 @@ class DataConfig:
     use_thumbnail: bool = True
     video_fps: float = 2.0
     max_frames: int = 128
+    video_pruning_rate: float = 0.0
     num_workers: int = 0
     document_bucket: int = 8
     max_seqlen_bucket: int = 128

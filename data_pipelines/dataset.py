@@ -33,6 +33,8 @@ from data_pipelines.media.rules import MediaShape, RenderRules
 from data_pipelines.storage import PatientReader, Storage
 from data_pipelines.tokenizer import TextTokenizer
 
+VIDEO_RULES = ("video_fps", "max_frames", "video_pruning_rate")
+"""Rules that count only where there are videos."""
 PENDING = ".quarantine.pending"
 """Folder with new files of a dataset folder until they are moved in; `quality.quarantine` makes it and finishes."""
 
@@ -127,8 +129,25 @@ class Dataset:
         info = read_info(folder, read)
         if split not in info["splits"]:
             raise DataError(f"{folder} has no split {split!r}; it has {', '.join(sorted(info['splits']))}")
-        _check_rules(folder, info, rules, tokenizer)
-        return cls(folder, split, info, read or ReadConfig())
+        differences = _differences(info, rules, tokenizer)
+        _refuse(folder, {name: text for name, text in differences.items() if name not in VIDEO_RULES})
+        dataset = cls(folder, split, info, read or ReadConfig())
+        if differences and dataset.has_videos:
+            dataset.close()
+            _refuse(folder, differences)
+        return dataset
+
+    @functools.cached_property
+    def has_videos(self) -> bool:
+        """Whether any sample has a video, by the largest value of a column that the manifest's footer tells."""
+        metadata = self._opened()[0].metadata
+        columns = range(metadata.num_columns)
+        kind = next(i for i in columns if metadata.schema.column(i).path == "media.list.element.kind")
+        for group in range(metadata.num_row_groups):
+            found = metadata.row_group(group).column(kind).statistics
+            if found is None or (found.num_values and (not found.has_min_max or found.max == "video")):
+                return True
+        return False
 
     def __len__(self) -> int:
         return self._entry["samples"]
@@ -279,11 +298,14 @@ class Dataset:
         """Row group of a sample, and its place there."""
         if not 0 <= index < len(self):
             raise IndexError(index)
-        if self._manifest is None:
-            self._manifest = self._reader.call(self._manifest_path, self._open_manifest)
-        _, starts = self._manifest
+        _, starts = self._opened()
         group = int(np.searchsorted(starts, index, side="right")) - 1
         return group, index - int(starts[group])
+
+    def _opened(self) -> tuple[pq.ParquetFile, np.ndarray]:
+        if self._manifest is None:
+            self._manifest = self._reader.call(self._manifest_path, self._open_manifest)
+        return self._manifest
 
     @property
     def _manifest_path(self) -> str:
@@ -350,17 +372,21 @@ def _refuse_paths(folder: str, names: list[Any]) -> None:
             )
 
 
-def _check_rules(
-    folder: str, info: Mapping[str, Any], rules: RenderRules | None, tokenizer: TextTokenizer | None
-) -> None:
-    differences = []
+def _differences(info: Mapping[str, Any], rules: RenderRules | None, tokenizer: TextTokenizer | None) -> dict[str, str]:
+    """What a folder was counted with that a run has otherwise: name of the rule, and words for both values."""
+    found = {}
     if tokenizer is not None and tokenizer.digest() != info["tokenizer_sha256"]:
-        differences.append(f"the tokenizer (the run's is {tokenizer.path})")
+        found["tokenizer"] = f"the tokenizer (the run's is {tokenizer.path})"
     if rules is not None:
-        stored, wanted = info["rules"], asdict(rules)
-        differences += [f"{k} ({stored.get(k)!r}, the run has {v!r})" for k, v in wanted.items() if stored.get(k) != v]
+        # A folder that says nothing of pruning was written before it could be asked for.
+        stored, wanted = {"video_pruning_rate": 0.0, **info["rules"]}, asdict(rules)
+        found |= {k: f"{k} ({stored.get(k)!r}, the run has {v!r})" for k, v in wanted.items() if stored.get(k) != v}
+    return found
+
+
+def _refuse(folder: str, differences: Mapping[str, str]) -> None:
     if differences:
         raise DataError(
-            f"{folder} was counted with other rules: {'; '.join(differences)}. Set the run's data.* to match, or write "
-            "the dataset again with the run's values"
+            f"{folder} was counted with other rules: {'; '.join(differences.values())}. Set the run's data.* to match, "
+            "or write the dataset again with the run's values"
         )

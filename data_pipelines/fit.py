@@ -57,10 +57,10 @@ def _media_tokens(
     shapes: Sequence[MediaShape], max_tiles: int, max_frames: int, rules: RenderRules, tokenizer: TextTokenizer
 ) -> tuple[int, int]:
     """Tokens of the frame labels, and of the visual features."""
-    labels = tiles = 0
+    labels = visual = 0
     for shape in shapes:
         layout = lay_out(shape, rules, max_tiles=max_tiles, max_frames=max_frames)
-        tiles += layout.tiles
+        visual += sum(layout.tile_tokens(rules.tokens_per_tile))
         # <img> and </img> around every frame
         labels += frame_label_tokens(layout.frame_times, tokenizer) + 2 * len(layout.frame_times)
-    return labels, tiles * rules.tokens_per_tile
+    return labels, visual

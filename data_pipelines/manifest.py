@@ -151,7 +151,8 @@ def describe(
         rows.append({"member": item.member, "tiles": layout.tiles, **asdict(shape)})
     encoded = encode_record(record, layouts, tokenizer, tokens_per_tile=rules.tokens_per_tile)
     tiles = len(encoded.tile_start)
-    total, text = len(encoded.input_ids), len(encoded.input_ids) - tiles * rules.tokens_per_tile
+    total = len(encoded.input_ids)
+    text = total - int(encoded.tile_tokens.sum())
     return {
         "key": record["id"],
         "media": rows,

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,11 +85,12 @@ class _UnusableError(DataError):
 
 
 @contextmanager
-def _quarantine_as(reason: str) -> Iterator[None]:
+def _quarantine_as(reason: str, name: str = "") -> Iterator[None]:
+    """Errors of the block leave the sample out; a medium is named as its source called it."""
     try:
         yield
     except (DataError, OSError) as error:
-        raise _UnusableError(reason, str(error)) from error
+        raise _UnusableError(reason, f"{name}: {error}" if name else str(error)) from error
 
 
 def loss_weights(encoded: EncodedSample, config: LossWeightConfig) -> np.ndarray:
@@ -213,7 +215,7 @@ class PackBuilder:
             ids[span], labels[span], weights[span] = piece.encoded.input_ids, piece.encoded.labels, piece.weights
         supervised = int((labels != IGNORE_LABEL).sum())
         places = self._tile_fields(pieces, bounds)
-        visual = len(places["tile_token_start"]) * self.rules.tokens_per_tile
+        visual = int(sum(piece.encoded.tile_tokens.sum() for piece in pieces))
         return Pack(
             index=index,
             input_ids=torch.from_numpy(ids),
@@ -237,7 +239,7 @@ class PackBuilder:
             **places,
         )
 
-    def _tile_fields(self, pieces: Sequence[_Piece], bounds: np.ndarray) -> dict[str, torch.Tensor]:
+    def _tile_fields(self, pieces: Sequence[_Piece], bounds: np.ndarray) -> dict[str, Any]:
         side = self.rules.tile_size
         starts, owners, tiles = [], [], []
         thumbnails: list[bool] = []
@@ -253,9 +255,12 @@ class PackBuilder:
                 tiles.append(piece.tiles[number])
                 thumbnails += [layout.thumbnail and i == layout.tiles - 1 for i in range(layout.tiles)]
                 times += layout.frame_times if layout.kind == "video" else [float("nan")] * layout.tiles
+        pruned = any(layout.frame_tokens for piece in pieces for layout in piece.layouts)
+        counts = [piece.encoded.tile_tokens for piece in pieces] if pruned else []
         return {
             "tiles": torch.cat(tiles) if tiles else torch.empty((0, 3, side, side), dtype=torch.uint8),
             "tile_token_start": torch.from_numpy(np.concatenate([np.empty(0, np.int64), *starts])),
+            "tile_tokens": torch.from_numpy(np.concatenate(counts)) if pruned else None,
             "media_of_tile": torch.from_numpy(np.concatenate([np.empty(0, np.int32), *owners]).astype(np.int32)),
             "is_thumbnail": torch.tensor(thumbnails, dtype=torch.bool),
             "frame_time": torch.tensor(times, dtype=torch.float32),
@@ -287,7 +292,7 @@ def media_tiles(
     tiles = []
     for item, shape, layout in zip(items, shapes, layouts, strict=True):
         data = media[item.member]
-        with _quarantine_as(item.kind):
+        with _quarantine_as(item.kind, item.source):
             if item.kind == "video":
                 tiles.append(video_tiles(data, layout.frame_indices, rules.tile_size, shape.frames))
             else:

@@ -38,6 +38,9 @@ class Pack:
         max_seqlen: Longest document rounded up to a bucket, at most S.
         tiles: [T, 3, P, P] uint8 RGB, not normalised.
         tile_token_start: [T] int64, position in input_ids of the first image token of each tile.
+        tile_tokens: [T] int64, image tokens of each tile, where a share of the videos' is dropped; None where every
+            tile has all. Of a video only their sum is fixed: the model moves them, within the video's tokens, to the
+            frames whose features it keeps.
         media_of_tile: [T] int32, number of the image or video in this pack that the tile belongs to.
         is_thumbnail: [T] bool.
         frame_time: [T] float32, seconds from the start of the video; nan for images.
@@ -62,6 +65,7 @@ class Pack:
     sample_keys: tuple[str, ...]
     dataset_ids: tuple[str, ...]
     stats: dict[str, int | float]
+    tile_tokens: torch.Tensor | None = None
 
     def pin_memory(self) -> "Pack":
         """The same pack in page-locked memory, from which a device copies without stopping the host."""

@@ -62,6 +62,7 @@ def write_dataset(
     use_thumbnail: bool = True,
     video_fps: float = 2.0,
     max_frames: int = 128,
+    video_pruning_rate: float = 0.0,
     shard_mib: float = 64,
 ) -> Path:
     """Write a dataset folder. The same samples give the same bytes; a folder that exists is complete.
@@ -77,6 +78,7 @@ def write_dataset(
         use_thumbnail: Append the whole image as one more tile.
         video_fps: Frames sampled per second.
         max_frames: Most frames of one video.
+        video_pruning_rate: Share of each video's visual tokens that are dropped.
         shard_mib: A shard is closed once it holds this many MiB.
 
     Returns:
@@ -96,6 +98,7 @@ def write_dataset(
         use_thumbnail=use_thumbnail,
         video_fps=float(video_fps),
         max_frames=max_frames,
+        video_pruning_rate=float(video_pruning_rate),
     )
     if problems := [problem for split in splits if (problem := split_problem(split))]:
         raise DataError("; ".join(problems))

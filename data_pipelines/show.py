@@ -6,7 +6,7 @@
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -132,12 +132,7 @@ def sample_config(dataset: Dataset, row: int, rules: RenderRules, tokenizer: Pat
     config = DataConfig(
         tokenizer=str(tokenizer),
         seq_length=length,
-        template=rules.template,
-        tile_size=rules.tile_size,
-        max_tiles=rules.max_tiles,
-        use_thumbnail=rules.use_thumbnail,
-        video_fps=rules.video_fps,
-        max_frames=rules.max_frames,
+        **asdict(rules),
     )
     sample = PlannedSample(dataset.name, row, rules.max_tiles, rules.max_frames, length)
     return config, PlannedPack(0, (sample,))

@@ -87,6 +87,7 @@ class EncodedSample:
         labels: [S] int64, target predicted at each position, -100 where there is none.
         turns: [S] int32, number of the assistant turn that the target belongs to, -1 where there is no target.
         tile_start: [T] int64, position of the first image token of each tile.
+        tile_tokens: [T] int64, image tokens of each tile.
         media_of_tile: [T] int32, number of the medium in record order.
     """
 
@@ -94,6 +95,7 @@ class EncodedSample:
     labels: np.ndarray
     turns: np.ndarray
     tile_start: np.ndarray
+    tile_tokens: np.ndarray
     media_of_tile: np.ndarray
 
 
@@ -106,6 +108,7 @@ class _Writer:
         self.ids: list[int] = []
         self.turns: list[int] = []
         self.tile_start: list[int] = []
+        self.tile_tokens: list[int] = []
         self.media_of_tile: list[int] = []
         self.turn = NO_TURN
         self._pending = ""
@@ -122,12 +125,13 @@ class _Writer:
         self.flush()
         self._add([self.tokenizer.special(name)])
 
-    def image_run(self, tiles: int, media: int) -> None:
+    def image_run(self, tile_tokens: Sequence[int], media: int) -> None:
         self.special(IMAGE_START)
-        start = len(self.ids)
-        self.tile_start += [start + i * self.tokens_per_tile for i in range(tiles)]
-        self.media_of_tile += [media] * tiles
-        self._add([self.tokenizer.special(IMAGE)] * (tiles * self.tokens_per_tile))
+        for tokens in tile_tokens:
+            self.tile_start.append(len(self.ids))
+            self.tile_tokens.append(tokens)
+            self.media_of_tile.append(media)
+            self._add([self.tokenizer.special(IMAGE)] * tokens)
         self.special(IMAGE_END)
 
     def _add(self, ids: list[int]) -> None:
@@ -163,6 +167,7 @@ def encode_record(
         labels=labels,
         turns=turns,
         tile_start=np.asarray(writer.tile_start, dtype=np.int64),
+        tile_tokens=np.asarray(writer.tile_tokens, dtype=np.int64),
         media_of_tile=np.asarray(writer.media_of_tile, dtype=np.int32),
     )
 
@@ -195,6 +200,7 @@ def encode_prompt(
         labels=np.full(size, IGNORE_LABEL, dtype=np.int64),
         turns=np.full(size, NO_TURN, dtype=np.int32),
         tile_start=np.asarray(writer.tile_start, dtype=np.int64),
+        tile_tokens=np.asarray(writer.tile_tokens, dtype=np.int64),
         media_of_tile=np.asarray(writer.media_of_tile, dtype=np.int32),
     )
 
@@ -321,13 +327,14 @@ def _write_user(
 
 
 def _write_media(writer: _Writer, layout: MediaLayout, media: int) -> None:
+    tile_tokens = layout.tile_tokens(writer.tokens_per_tile)
     if layout.kind == "image":
-        writer.image_run(layout.tiles, media)
+        writer.image_run(tile_tokens, media)
         return
     writer.flush()
-    for number, seconds in enumerate(layout.frame_times):
+    for number, (seconds, tokens) in enumerate(zip(layout.frame_times, tile_tokens, strict=True)):
         writer.text(frame_label(number, seconds))
-        writer.image_run(1, media)
+        writer.image_run([tokens], media)
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,7 @@ def _add_rules(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-tiles", type=int, help="largest grid of one image (default: 12; tiny: 6)")
     group.add_argument("--max-frames", type=int, help="most frames of a video (default: 128; tiny: 16)")
     group.add_argument("--video-fps", type=float, help="frames sampled per second (default: 2)")
+    group.add_argument("--video-pruning-rate", type=float, help="share of a video's visual tokens to drop (default: 0)")
 
 
 def _rules(args: argparse.Namespace) -> tuple[Any, Path]:
@@ -84,9 +85,13 @@ def _rules(args: argparse.Namespace) -> tuple[Any, Path]:
         rules.update(read_info(args.like)["rules"])
         own = args.like / "tokenizer.json"
         tokenizer = tokenizer or (args.like if own.exists() else None)
-    for name in ("tile_size", "max_tiles", "max_frames", "video_fps"):
+    for name in ("tile_size", "max_tiles", "max_frames", "video_fps", "video_pruning_rate"):
         if (value := getattr(args, name)) is not None:
             rules[name] = value
+    if tokenizer is None and args.like is not None:
+        raise DataError(
+            f"{args.like} holds no tokenizer of its own: add --tokenizer FOLDER, the one it was counted with"
+        )
     if tokenizer is None:
         raise DataError(
             "no tokenizer to count tokens with: add --tokenizer FOLDER, the model's Hugging Face folder (after `make "

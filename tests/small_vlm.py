@@ -104,6 +104,23 @@ def picture(seed: int, width: int = 64, height: int = 64) -> bytes:
     return out.getvalue()
 
 
+def clip(frames: int) -> bytes:
+    """Noise that stands still but for a square that wanders."""
+    import av
+
+    out = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    with av.open(out, "w", format="mp4") as container:
+        stream = container.add_stream("mpeg4", rate=2)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        for i in range(frames):
+            pixels[8 * i : 8 * i + 8] = 255 - pixels[8 * i : 8 * i + 8]
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    return out.getvalue()
+
+
 def question(text: str, *, images: int = 0, answer: str | None = None, key: str = "q") -> dict[str, Any]:
     """A record with its images before the text; without an answer it is a prompt."""
     items: list[dict[str, Any]] = [{"type": "image", "image": f"{i}.png"} for i in range(images)]

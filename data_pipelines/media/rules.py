@@ -32,6 +32,7 @@ class RenderRules:
         use_thumbnail: Append the whole image as one more tile when the grid has more than one.
         video_fps: Frames sampled per second.
         max_frames: Most frames of one video.
+        video_pruning_rate: Share of each video's visual tokens that are dropped.
     """
 
     template: str
@@ -40,6 +41,7 @@ class RenderRules:
     use_thumbnail: bool
     video_fps: float
     max_frames: int
+    video_pruning_rate: float = 0.0
 
     def __post_init__(self) -> None:
         if self.tile_size < PATCHES_PER_TOKEN_SIDE or self.tile_size % PATCHES_PER_TOKEN_SIDE:
@@ -48,6 +50,11 @@ class RenderRules:
             raise DataError(
                 f"max_tiles ({self.max_tiles}), max_frames ({self.max_frames}) must be at least 1 and "
                 f"video_fps ({self.video_fps}) above 0"
+            )
+        if not 0 <= self.video_pruning_rate < 1:
+            raise DataError(
+                f"video_pruning_rate {self.video_pruning_rate} must be at least 0 (all tokens) and below 1; 0.75 is "
+                "usual"
             )
 
     @classmethod
@@ -60,6 +67,7 @@ class RenderRules:
             use_thumbnail=config.use_thumbnail,
             video_fps=config.video_fps,
             max_frames=config.max_frames,
+            video_pruning_rate=config.video_pruning_rate,
         )
 
     @property
@@ -69,7 +77,10 @@ class RenderRules:
 
     def digest(self, tokenizer_digest: str) -> str:
         """SHA-256 over these rules and the tokenizer: equal digests mean equal token counts."""
-        text = json.dumps({**asdict(self), "video_fps": float(self.video_fps), "tokenizer": tokenizer_digest})
+        values = {**asdict(self), "video_fps": float(self.video_fps), "tokenizer": tokenizer_digest}
+        if not self.video_pruning_rate:
+            del values["video_pruning_rate"]  # counts are those of a release that did not know it
+        text = json.dumps(values)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -102,6 +113,8 @@ class MediaLayout:
         thumbnail: The last tile is the whole image.
         frame_indices: Frames taken from a video, rising; empty for an image.
         frame_times: Seconds of each taken frame; empty for an image.
+        frame_tokens: Visual tokens of each taken frame where a share of them is dropped; empty where every tile has
+            all. Their sum is what counts: how it is shared out, the model decides.
     """
 
     kind: str
@@ -109,6 +122,7 @@ class MediaLayout:
     thumbnail: bool
     frame_indices: tuple[int, ...] = ()
     frame_times: tuple[float, ...] = ()
+    frame_tokens: tuple[int, ...] = ()
 
     @property
     def tiles(self) -> int:
@@ -117,14 +131,33 @@ class MediaLayout:
             return len(self.frame_indices)
         return self.grid[0] * self.grid[1] + int(self.thumbnail)
 
+    def tile_tokens(self, tokens_per_tile: int) -> tuple[int, ...]:
+        """Visual tokens of each tile in the sequence."""
+        return self.frame_tokens or (tokens_per_tile,) * self.tiles
+
 
 def lay_out(shape: MediaShape, rules: RenderRules, *, max_tiles: int, max_frames: int) -> MediaLayout:
     """Tiles or frames of one medium under a budget (the rules' own, or a smaller one for a sample that is too long)."""
     if shape.kind == "video":
         indices = sample_frames(shape.frames, shape.fps, target_fps=rules.video_fps, max_frames=max_frames)
-        return MediaLayout("video", (1, 1), False, indices, tuple(frame_time(i, shape.fps) for i in indices))
+        times = tuple(frame_time(i, shape.fps) for i in indices)
+        rate = rules.video_pruning_rate
+        tokens = _frame_tokens(len(indices), rules.tokens_per_tile, rate) if rate else ()
+        return MediaLayout("video", (1, 1), False, indices, times, tokens)
     grid = choose_grid(shape.width, shape.height, max_tiles, rules.tile_size)
     return MediaLayout("image", grid, rules.use_thumbnail and grid[0] * grid[1] > 1)
+
+
+def tokens_kept(frames: int, tokens_per_frame: int, rate: float) -> int:
+    """Visual tokens that are left of a video: those of one frame at least (vLLM, `multimodal/video_prune/evs.py`)."""
+    return max(tokens_per_frame, int(frames * tokens_per_frame * (1 - rate)))
+
+
+def _frame_tokens(frames: int, tokens_per_frame: int, rate: float) -> tuple[int, ...]:
+    """Places for the tokens that are left: the first frame whole, as it always is, the rest spread over the others."""
+    rest = tokens_kept(frames, tokens_per_frame, rate) - tokens_per_frame
+    others = frames - 1
+    return (tokens_per_frame, *(rest * (i + 1) // others - rest * i // others for i in range(others)))
 
 
 @functools.cache

@@ -10,9 +10,9 @@ from data_pipelines.dataset import Dataset, StoredSample
 from data_pipelines.exceptions import DataError
 from data_pipelines.fit import shrink_sample
 from data_pipelines.media.image import image_size
-from data_pipelines.media.rules import MediaLayout, RenderRules, lay_out
+from data_pipelines.media.rules import MediaLayout, MediaShape, RenderRules, lay_out
 from data_pipelines.pack import media_tiles
-from data_pipelines.schema import content_items, media_items, validate_record
+from data_pipelines.schema import MediaItem, content_items, media_items, validate_record
 from data_pipelines.template import encode_record, reasoning_on
 from data_pipelines.tokenizer import TextTokenizer
 
@@ -116,13 +116,16 @@ class SampleChecks:
             yield "record", f"the messages name {len(items)} media, the manifest {len(stored.shapes)}"
             return
         for item, shape, layout in zip(items, stored.shapes, layouts, strict=True):
+            if item.member not in stored.media:
+                yield item.kind, f"{item.source}: the shard holds no {item.member!r} for this sample"
+                continue
             try:
                 if not self.fast:
                     media_tiles([item], [shape], [layout], stored.media, self.rules)
-                elif item.kind == "image" and image_size(stored.media[item.member]) != (shape.width, shape.height):
-                    yield item.kind, f"{item.source}: the header has another size than the manifest"
-            except (DataError, KeyError) as error:
-                yield item.kind, f"{item.source}: {error}"
+                elif item.kind == "image":
+                    _check_header(item, stored.media[item.member], shape)
+            except DataError as error:
+                yield item.kind, str(error)
 
     def _length(
         self, stored: StoredSample, layouts: list[MediaLayout], entry: Mapping[str, Any], tokenizer: TextTokenizer
@@ -141,6 +144,15 @@ class SampleChecks:
             fit = shrink_sample(stored.shapes, entry["text_tokens"], limit, self.rules, tokenizer)
             if fit is None:
                 yield WARNING, "too_long", f"{entry['total_tokens']} tokens do not fit into {limit}, however few tiles"
+
+
+def _check_header(item: MediaItem, data: bytes, shape: MediaShape) -> None:
+    try:
+        size = image_size(data)
+    except DataError as error:
+        raise DataError(f"{item.source}: {error}") from error
+    if size != (shape.width, shape.height):
+        raise DataError(f"{item.source}: the header has another size than the manifest")
 
 
 def text_problems(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

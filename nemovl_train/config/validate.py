@@ -257,6 +257,7 @@ def _data(config: RunConfig) -> Iterator[str]:
     for key in ("cost.visual_token", "cost.attention_pair"):
         yield from _at_least(f"data.{key}", _option(data, key), 0)
     yield from _at_least("data.num_workers", data.num_workers, 0)
+    yield from _within("data.video_pruning_rate", data.video_pruning_rate, 0, 1, open_end=True)
     if not data.tokenizer:
         yield "data.tokenizer is empty; give the folder that holds tokenizer.json"
     if not data.sources:

@@ -16,12 +16,12 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from data_pipelines.config import DataConfig, SourceConfig
-from data_pipelines.dataset import Dataset
+from data_pipelines.dataset import Dataset, read_info
 from data_pipelines.schema import content_items
 from nemovl_train.config.schema import EvalConfig, RunConfig
 from nemovl_train.evaluation.benchmarks import BenchmarkQuestion, ocrbench, read_benchmark
@@ -105,7 +105,10 @@ def evaluate(
 
 def _open(exported: ExportedModel, heldout: HeldoutSet, seq_length: int) -> DataConfig:
     """Rules of the exported folder over one set; refuses a set that was counted by others."""
-    rules = exported.rules
+    # A set may have been counted for training with fewer tokens of its videos: its loss is measured so, answers are
+    # written at the rate that was asked for.
+    rate = read_info(heldout.path)["rules"].get("video_pruning_rate", 0.0)
+    rules = replace(exported.rules, video_pruning_rate=rate)
     tokenizer = exported.tokenizer
     Dataset.open(heldout.path, heldout.split, rules=rules, tokenizer=tokenizer).close()
     return DataConfig(
@@ -113,12 +116,7 @@ def _open(exported: ExportedModel, heldout: HeldoutSet, seq_length: int) -> Data
         tokenizer=str(tokenizer.path.parent),
         seq_length=seq_length,
         packing="sequential",
-        template=rules.template,
-        tile_size=rules.tile_size,
-        max_tiles=rules.max_tiles,
-        use_thumbnail=rules.use_thumbnail,
-        video_fps=rules.video_fps,
-        max_frames=rules.max_frames,
+        **asdict(rules),
     )
 
 

@@ -42,7 +42,12 @@ def write_predictions(
         dataset = Dataset.open(source.path, source.split, rules=rules, tokenizer=tokenizer)
         asked = _questions(dataset, name, config.evaluation.predictions, tokenizer, rules)
         dataset.close()
-        answers = generate(model, [p for _, p in asked], max_new_tokens=MAX_NEW_TOKENS)
+        answers = generate(
+            model,
+            [p for _, p in asked],
+            max_new_tokens=MAX_NEW_TOKENS,
+            video_pruning_rate=data.video_pruning_rate,
+        )
         for (sample, prompt), answer in zip(asked, answers, strict=True):
             shown = _pictures(prompt, f"{name}_{sample.record['id']}")
             rows.append(_row(name, sample, tokenizer.decode(answer, skip_special_tokens=True), list(shown)))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -63,6 +63,8 @@ def build_prompt(
     """
     items = list(media_items(record))
     shapes = [media_shape(item, media[item.member]) for item in items]
+    # What is dropped of a video is dropped once its features are known.
+    rules = replace(rules, video_pruning_rate=0.0)
     layouts = [lay_out(s, rules, max_tiles=rules.max_tiles, max_frames=rules.max_frames) for s in shapes]
     encoded = encode_prompt(record, layouts, tokenizer, tokens_per_tile=rules.tokens_per_tile)
     by_medium = media_tiles(items, shapes, layouts, media, rules)

@@ -92,7 +92,10 @@ class PackBatch:
                 they are elsewhere than `tile_token_start` says.
         """
         pack = self.pack
-        if pack.tiles.shape[0] != pack.tile_token_start.shape[0]:
+        tile_tokens = torch.full_like(pack.tile_token_start, tokens_per_tile)
+        if pack.tile_tokens is not None:
+            tile_tokens = pack.tile_tokens
+        if not pack.tiles.shape[0] == len(pack.tile_token_start) == len(tile_tokens):
             raise DataError(
                 f"the pack with samples {list(pack.sample_keys)} has {pack.tiles.shape[0]} tiles but "
                 f"{pack.tile_token_start.shape[0]} starts of tiles. Build the pack again."
@@ -103,21 +106,24 @@ class PackBatch:
                 f"tower takes [3, {tile_size}, {tile_size}]; set data.tile_size={tile_size}"
             )
         found = (pack.input_ids == image_token).nonzero()[:, 0]
-        starts = pack.tile_token_start.sort().values
-        if not torch.equal(found, (starts[:, None] + torch.arange(tokens_per_tile)).flatten()):
-            self._refuse_image_tokens(found, starts.clamp(0, len(pack.input_ids) - 1), image_token, tokens_per_tile)
+        order = pack.tile_token_start.argsort()
+        starts, counts = pack.tile_token_start[order], tile_tokens[order]
+        ends = counts.cumsum(0)
+        runs = torch.repeat_interleave(starts - ends + counts, counts) + torch.arange(int(counts.sum()))
+        if not torch.equal(found, runs) or (counts > tokens_per_tile).any():
+            self._refuse_image_tokens(found, starts.clamp(0, len(pack.input_ids) - 1), counts, image_token)
 
-    def _refuse_image_tokens(self, found: Tensor, starts: Tensor, image_token: int, tokens_per_tile: int) -> NoReturn:
+    def _refuse_image_tokens(self, found: Tensor, starts: Tensor, counts: Tensor, image_token: int) -> NoReturn:
         """Name the first sample whose counts differ, or the pack if only the places do."""
         seq_idx = self.pack.seq_idx
         documents = int(seq_idx.max()) + 1
         tokens_N = torch.bincount(seq_idx[found], minlength=documents)
         tiles_N = torch.bincount(seq_idx[starts], minlength=documents)
-        for document in (tokens_N != tiles_N * tokens_per_tile).nonzero()[:, 0].tolist():
-            tiles = int(tiles_N[document])
+        features_N = torch.bincount(seq_idx[starts], counts, minlength=documents).long()
+        for document in (tokens_N != features_N).nonzero()[:, 0].tolist():
             raise DataError(
                 f"sample {self._sample_key(document)!r} has {int(tokens_N[document])} image tokens (id {image_token}) "
-                f"but {tiles} tiles, which give {tiles * tokens_per_tile} visual features ({tokens_per_tile} a tile). "
+                f"but {int(tiles_N[document])} tiles, which give {int(features_N[document])} visual features. "
                 "Remove literal image tags from its text, or build the pack again for this model's tile size."
             )
         raise DataError(

@@ -6,7 +6,8 @@ of the released model's serving code (vLLM, `multimodal/video_prune/evs.py`) kee
     keep = max(K, int(T * K * (1 - q)))
 
 tokens of a video with T frames of K tokens: those with the largest 1 - cosine to the frame before, over the projected
-features. Frame 0 is always kept whole. How many are kept is known from T, K and q alone; which, only from the features.
+features. Frame 0 is always kept whole. How many are kept is known from T, K and q alone (`tokens_kept`, on the data
+side, which plans with it); which, only from the features.
 
 Shape legend: T frames, K tokens of a frame, H width of the features.
 """
@@ -17,13 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data_pipelines.media.rules import tokens_kept
+
 FIRST_FRAME = 255.0
 """Dissimilarity that stands for frame 0, which has no frame before it: above every real one, which is at most 2."""
-
-
-def tokens_kept(frames: int, tokens_per_frame: int, rate: float) -> int:
-    """Visual tokens that are left of a video."""
-    return max(tokens_per_frame, int(frames * tokens_per_frame * (1 - rate)))
 
 
 def retained(features_TKH: Tensor, rate: float) -> Tensor:
@@ -38,9 +36,30 @@ def retained(features_TKH: Tensor, rate: float) -> Tensor:
     """
     assert 0 <= rate < 1, rate
     frames, tokens = features_TKH.shape[:2]
+    return largest(dissimilarity(features_TKH), tokens_kept(frames, tokens, rate))
+
+
+def dissimilarity(features_TKH: Tensor, before_KH: Tensor | None = None) -> Tensor:
+    """1 - cosine of every token to its place in the frame before.
+
+    Args:
+        features_TKH: [T, K, H], frames one after the other.
+        before_KH: [K, H], the frame before the first of them; None where that is a video's first.
+
+    Returns:
+        [T, K], `FIRST_FRAME` for a frame without one before it.
+    """
     moved = 1 - F.cosine_similarity(features_TKH[1:], features_TKH[:-1], dim=-1)
-    first = moved.new_full((1, tokens), FIRST_FRAME)
-    order = torch.cat([first, moved]).flatten().argsort(descending=True, stable=True)
-    kept = torch.zeros(frames * tokens, dtype=torch.bool, device=features_TKH.device)
-    kept[order[: tokens_kept(frames, tokens, rate)]] = True
-    return kept.view(frames, tokens)
+    if before_KH is None:
+        first = moved.new_full((1, features_TKH.shape[1]), FIRST_FRAME)
+    else:
+        first = 1 - F.cosine_similarity(features_TKH[:1], before_KH[None], dim=-1)
+    return torch.cat([first, moved])
+
+
+def largest(scores_TK: Tensor, count: int) -> Tensor:
+    """[T, K] bool with the `count` largest entries set; of equal ones the earlier."""
+    order = scores_TK.flatten().argsort(descending=True, stable=True)
+    kept = torch.zeros(scores_TK.numel(), dtype=torch.bool, device=scores_TK.device)
+    kept[order[:count]] = True
+    return kept.view(scores_TK.shape)

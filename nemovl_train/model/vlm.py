@@ -30,11 +30,12 @@ from nemovl_train.model.language import LanguageModel, build_language_model, col
 from nemovl_train.model.lora import adapters
 from nemovl_train.model.offload import Host
 from nemovl_train.model.projector import Projector
+from nemovl_train.model.pruning import prune_videos
 from nemovl_train.model.recompute import recompute_fully, recompute_selectively
 from nemovl_train.model.vision import build_vision_tower
 from nemovl_train.parallel.exchange import exchange_rows, gather_tokens
 from nemovl_train.parallel.layout import Layout
-from nemovl_train.parallel.tiles import deal
+from nemovl_train.parallel.tiles import deal, whole_places
 
 # isort: split
 # The backend module makes megatron-core importable without CUDA, so it comes first.
@@ -232,29 +233,44 @@ class NemotronVL(MegatronModule):
         """This rank's rows of the residual stream, those at image tokens replaced. Checks the batch first."""
         pack, vision, tokens = batch.pack, self.sizes.vision, self.sizes.tokens_per_tile
         batch.check_tiles(self.sizes.tokens.image, tokens, vision.tile_size)
-        embeddings = self._language().embed(batch.input_ids)
         blanks = self.blank_tiles(batch.tiles.shape[0]) if self.blank_tiles is not None else 0
         if not pack.tiles.shape[0] and not blanks:
-            return embeddings  # the tower does not run: image-free packs, ranks and stages cost nothing for it
+            # The tower does not run: image-free packs, ranks and stages cost nothing for it.
+            return self._language().embed(batch.input_ids)
         if self.vision_model is None or self.projector is None:
             raise DataError(
                 f"the pack with samples {list(pack.sample_keys)} has {pack.tiles.shape[0]} tiles, but this "
                 "model has no vision tower and projector; use text-only data"
             )
         features = self._dealt_features(_with_blanks(batch.tiles, blanks, vision.tile_size))
+        idle = None
         if blanks:
             features, idle = features.split([batch.tiles.shape[0] * tokens, blanks * tokens])
-            embeddings = embeddings + 0.0 * idle.sum()  # in the graph, for its backward calls
         layout, length = self.layout, len(pack.input_ids)
+        input_ids, places = self._placed(batch, features)
+        embeddings = self._language().embed(input_ids)
+        if idle is not None:
+            embeddings = embeddings + 0.0 * idle.sum()  # in the graph, for its backward calls
         held = [layout.residual_tokens(length, rank) for rank in range(layout.pack_ranks)]
-        plan = deal(pack.tile_token_start, tokens, held, layout.pack_rank)
+        plan = deal(pack.tile_token_start, places, held, layout.pack_rank)
         rows = plan.rows.to(embeddings.device, non_blocking=True)
-        if layout.pack_ranks > 1:
+        if pack.tile_tokens is not None or layout.pack_ranks > 1:
             features = features.index_select(0, plan.outgoing.to(features.device, non_blocking=True))
+        if layout.pack_ranks > 1:
             features = exchange_rows(features, plan.send, plan.receive, layout.language_groups.tp_cp)
         if features.requires_grad and layout.tp > 1 and not layout.sequence_parallel:
             _divide_gradient(features, layout.tp)
         return embeddings.index_copy(0, rows, features.unsqueeze(1))
+
+    def _placed(self, batch: PackBatch, features: Tensor) -> tuple[Tensor, Tensor]:
+        """This rank's tokens [L], and on the host the position of each feature of the pack [T, K]."""
+        pack, tokens = batch.pack, self.sizes.tokens_per_tile
+        if pack.tile_tokens is None:
+            return batch.input_ids, whole_places(pack.tile_token_start, tokens)
+        by_tile = features.unflatten(0, (batch.tiles.shape[0], tokens))
+        pruned = prune_videos(pack, by_tile, self.sizes.tokens.image, self.layout)
+        own = self.layout.context_tokens(len(pack.input_ids))
+        return pruned.input_ids[own.start : own.stop].to(batch.input_ids.device), pruned.places
 
     def _dealt_features(self, tiles: Tensor) -> Tensor:
         """Features [t * K, H] of this rank's tiles, in the graph even where there are none.

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+DROPPED = -1
+"""Position of a feature that no token stands for."""
+
 
 @dataclass(frozen=True)
 class TileDeal:
@@ -35,25 +38,35 @@ class TileDeal:
 
 def dealt_tiles(tile_token_start: Tensor, rank: int, ranks: int) -> Tensor:
     """[T] -> [t], the tiles that a rank encodes: a run of the tiles in token order, lengths differing by at most 1."""
-    order = tile_token_start.argsort()
-    return order[len(order) * rank // ranks : len(order) * (rank + 1) // ranks]
+    run = dealt_run(len(tile_token_start), rank, ranks)
+    return tile_token_start.argsort()[run.start : run.stop]
 
 
-def deal(tile_token_start: Tensor, tokens_per_tile: int, held: list[range], rank: int) -> TileDeal:
+def dealt_run(tiles: int, rank: int, ranks: int) -> range:
+    """The tiles that a rank encodes, by their number in token order."""
+    return range(tiles * rank // ranks, tiles * (rank + 1) // ranks)
+
+
+def whole_places(tile_token_start: Tensor, tokens_per_tile: int) -> Tensor:
+    """[T] -> [T, K], position of each feature where every tile has all its tokens."""
+    return tile_token_start[:, None] + torch.arange(tokens_per_tile)
+
+
+def deal(tile_token_start: Tensor, places_TK: Tensor, held: list[range], rank: int) -> TileDeal:
     """Plan the exchange of one pack.
 
     Args:
         tile_token_start: [T] int64 on the host, position of each tile's first token.
-        tokens_per_tile: K.
+        places_TK: [T, K] int64 on the host, position of each feature; `DROPPED` for one that goes nowhere.
         held: Positions whose embeddings each rank of the group holds; ranks may hold the same ones.
         rank: This process's number in the group.
     """
     ranks = len(held)
-    mine = _positions(tile_token_start, tokens_per_tile, rank, ranks)
+    mine = places_TK[dealt_tiles(tile_token_start, rank, ranks)].flatten()
     outgoing = [_within(mine, tokens) for tokens in held]
     incoming = []
     for other in range(ranks):
-        positions = _positions(tile_token_start, tokens_per_tile, other, ranks)
+        positions = places_TK[dealt_tiles(tile_token_start, other, ranks)].flatten()
         incoming.append(positions[_within(positions, held[rank])])
     return TileDeal(
         tiles=dealt_tiles(tile_token_start, rank, ranks),
@@ -62,12 +75,6 @@ def deal(tile_token_start: Tensor, tokens_per_tile: int, held: list[range], rank
         receive=[len(positions) for positions in incoming],
         rows=torch.cat(incoming) - held[rank].start,
     )
-
-
-def _positions(tile_token_start: Tensor, tokens_per_tile: int, rank: int, ranks: int) -> Tensor:
-    """Token positions of the features a rank makes, in the order it makes them."""
-    starts = tile_token_start[dealt_tiles(tile_token_start, rank, ranks)]
-    return (starts[:, None] + torch.arange(tokens_per_tile)).flatten()
 
 
 def _within(positions: Tensor, tokens: range) -> Tensor:

@@ -111,11 +111,16 @@ def pack_of(config: RunConfig) -> PackLoad:
         seq_length=data.seq_length,
         documents=documents,
         samples=tokens / min(workload.sample_tokens, data.seq_length),
-        tiles=math.ceil(visual * tokens / config.model.tokens_per_tile),
+        tiles=math.ceil(visual * tokens / _seen_of_a_tile(config)),
         head_tokens=round(workload.supervised_fraction * tokens),
     )
 
 
 def heaviest(config: RunConfig, load: PackLoad) -> PackLoad:
     """A pack of images alone, which an average over packs hides and device memory has to hold."""
-    return replace(load, tiles=config.data.seq_length // config.model.tokens_per_tile) if load.tiles else load
+    return replace(load, tiles=int(config.data.seq_length / _seen_of_a_tile(config))) if load.tiles else load
+
+
+def _seen_of_a_tile(config: RunConfig) -> float:
+    """Tokens of a tile in the sequence. Where videos are pruned all tiles count as theirs, which is the most work."""
+    return config.model.tokens_per_tile * (1 - config.data.video_pruning_rate)

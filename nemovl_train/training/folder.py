@@ -82,7 +82,7 @@ class StageFolder:
         self._held.close()
 
     def is_done(self) -> bool:
-        """It ended with these options (the last step, or no better held-out loss), evaluated, with frozen parts intact."""
+        """It ended with these options (last step, or no better held-out loss), evaluated, with frozen parts intact."""
         evaluated = (self.path / "evaluation.json").is_file() or not self.config.evaluation.sources
         ended = ending_of(self.path, self.config) is not None
         record = read_handover(self.path)

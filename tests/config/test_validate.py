@@ -36,6 +36,8 @@ def changed(config, key: str, value):
         ("data.sources", {}, "data.sources is empty"),
         ("data.tokenizer", "", "tokenizer.json"),
         ("data.video_fps", 0.0, "must be above 0"),
+        ("data.video_pruning_rate", 1.0, "between 0 and 1 (exclusive)"),
+        ("data.video_pruning_rate", -0.5, "nearest: 0"),
         ("data.num_workers", -1, "at least 0"),
         ("model.vision.tile_size", 48, "nearest: 32 or 64"),
         ("model.vision.max_resolution", 32, "at least 64"),

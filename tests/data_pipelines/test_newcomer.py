@@ -71,10 +71,16 @@ def test_three_commands(say, photos, rules, tmp_path, configure):
     stream.close()
 
 
-def test_every_error_says_what_to_type_next(say, photos, rules, tmp_path):
+def test_every_error_says_what_to_type_next(say, photos, rules, tmp_path, mixed_folder):
     code, _, err = say("data", "import", "photos", "--out", "ds")
     assert code == 2
     assert "--tokenizer runs/tiny/hf --tile-size 64" in err
+    code, _, err = say("data", "import", "photos", "--out", "ds", "--like", mixed_folder)
+    assert code == 2
+    assert "holds no tokenizer of its own: add --tokenizer FOLDER, the one it was counted with" in err
+    code, _, err = say("data", "import", "photos", "--out", "ds", *rules, "--video-pruning-rate", 1)
+    assert code == 2
+    assert "video_pruning_rate 1.0 must be at least 0 (all tokens) and below 1" in err
     code, _, err = say("data", "validate", "photos")
     assert code == 2
     assert "nemovl data import photos --out DATASET" in err

@@ -94,6 +94,23 @@ def test_loss_is_that_of_the_training_forward(root, capsys):
     assert row["loss"] == pytest.approx(nats / tokens, rel=1e-5)
 
 
+def test_a_set_that_was_counted_with_fewer_tokens_of_its_videos(root, capsys):
+    """Its loss is that of training at this rate; answers are written at the one asked for, none here."""
+    items = [{"type": "video", "video": "v"}, {"type": "text", "text": "what moves?"}]
+    asked = [{"role": "user", "content": items}, {"role": "assistant", "content": "it"}]
+    samples = [({"id": "clip", "messages": asked}, {"v": small_vlm.clip(8)})]
+    rows = {}
+    for rate in (0.0, 0.5):
+        out, media = root / f"clips{rate}", {"tile_size": 64, "max_tiles": 4, "max_frames": 8}
+        write_dataset(
+            out, {"heldout": samples}, name="c", tokenizer=root / "tokenizer", video_pruning_rate=rate, **media
+        )
+        (rows[rate],) = run(root, "--data", str(out), "--seq-length", "512", capsys=capsys)["sources"].values()
+    assert rows[0.0]["answers"] == rows[0.5]["answers"]
+    assert rows[0.0]["supervised_tokens"] == rows[0.5]["supervised_tokens"] > 0
+    assert abs(rows[0.0]["loss"] - rows[0.5]["loss"]) > 1e-4
+
+
 def test_benchmarks_reasoning_and_draws(root, capsys):
     benchmarks = ["--benchmark", f"docvqa={root / 'docvqa'}", "--benchmark", f"ocrbench={root / 'ocr'}"]
     how = ["--think", "--temperature", "1.2", "--top-p", "0.9", "--seed", "3"]

@@ -25,6 +25,8 @@ RANKS = int(os.environ.get("NEMOVL_TEST_RANKS", torch.cuda.device_count()))
 """More than there are GPUs needs an NCCL that lets ranks share one: `shared_gpus.py`."""
 CASES = matrix.EIGHT if RANKS == 8 else matrix.CASES
 NAMES = [name for name, case in CASES.items() if RANKS > 1 and matrix.fits(case, RANKS)]
+# In bf16 the last bits of a feature, which differ between layouts, decide which of two alike tokens of a video is kept.
+SMOOTH = [name for name in NAMES if CASES[name].packs != "clips"]
 # Weights that nobody waits for are a race, which NCCL on these small ones may win: gloo's ranks show it.
 CONTROLS = [
     name
@@ -84,7 +86,7 @@ def test_a_broken_layout_does_not(name, fp32, alone, record):
     assert error > 1e-3
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SMOOTH)
 def test_te_errs_as_on_one_gpu(name, te, alone, record):
     exact = alone(CASES[name], "torch", torch.float32)
     one, found = alone(CASES[name], "te", torch.bfloat16), matrix.results(te, name)

@@ -1,18 +1,22 @@
-"""Efficient Video Sampling in generation: what the language model sees, and that rate 0 changes nothing."""
+"""Efficient Video Sampling, generation and training: what the language model sees, and that rate 0 changes nothing."""
 
-import io
+from dataclasses import replace
+from typing import Any
 
-import av
-import numpy as np
 import pytest
 import small_vlm
 import torch
 
+from data_pipelines.config import DataConfig, SourceConfig
+from data_pipelines.loader import heldout_packs
+from data_pipelines.shards import write_dataset
 from data_pipelines.template import frame_label
 from data_pipelines.tokenizer import TextTokenizer
 from nemovl_train.config.schema import ParallelConfig
-from nemovl_train.inference.generate import generate
+from nemovl_train.exceptions import DataError
+from nemovl_train.inference.generate import _see, generate
 from nemovl_train.inference.prompt import Prompt, build_prompt
+from nemovl_train.model.batch import PackBatch
 from nemovl_train.model.evs import retained, tokens_kept
 from nemovl_train.model.packing import PackParams
 from nemovl_train.model.vlm import NemotronVL
@@ -35,32 +39,23 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
     return TextTokenizer(small_vlm.write_tokenizer(tmp_path_factory.mktemp("t") / "tokenizer"))
 
 
-def clip() -> bytes:
-    """Noise that stands still but for a square that wanders."""
-    out = io.BytesIO()
-    pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
-    with av.open(out, "w", format="mp4") as container:
-        stream = container.add_stream("mpeg4", rate=2)
-        stream.width = stream.height = 64
-        stream.pix_fmt = "yuv420p"
-        for i in range(FRAMES):
-            pixels[8 * i : 8 * i + 8] = 255 - pixels[8 * i : 8 * i + 8]
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        container.mux(stream.encode())
-    return out.getvalue()
-
-
-@pytest.fixture(scope="module")
-def prompt(tokenizer: TextTokenizer) -> Prompt:
-    """An image, and the video behind it."""
+def question(answer: str | None = None) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """A record with an image, and a video behind it; its media."""
     metadata = {"video_width": 64, "video_height": 64, "video_fps": 2.0, "video_num_frames": FRAMES}
     items = [
         {"type": "video", "video": "v", "metadata": metadata},
         {"type": "image", "image": "i"},
         {"type": "text", "text": "<image> and <video>: what is this?"},
     ]
-    record = {"id": "q", "messages": [{"role": "user", "content": items}]}
-    found = build_prompt(record, {"v": clip(), "i": small_vlm.picture(3)}, tokenizer, small_vlm.RULES)
+    messages = [{"role": "user", "content": items}]
+    if answer is not None:
+        messages.append({"role": "assistant", "content": answer})
+    return {"id": "q", "messages": messages}, {"v": small_vlm.clip(FRAMES), "i": small_vlm.picture(3)}
+
+
+@pytest.fixture(scope="module")
+def prompt(tokenizer: TextTokenizer) -> Prompt:
+    found = build_prompt(*question(), tokenizer, small_vlm.RULES)
     assert found.videos == (range(1, 1 + FRAMES),)
     return found
 
@@ -79,6 +74,72 @@ def first_pass(model, prompt, rate, monkeypatch):
         patch.setattr(NemotronVL, "decode", spied)
         answer = generate(model, [prompt], max_new_tokens=4, video_pruning_rate=rate)[0]
     return *seen[0], answer
+
+
+def training_batch(model, tokenizer, folder, rate) -> PackBatch:
+    """The same question with an answer, as a training pack of its own."""
+    record, media = question(answer="Something that moves.")
+    options = {"tile_size": 64, "max_tiles": 4, "max_frames": FRAMES, "video_pruning_rate": rate}
+    write_dataset(folder, {"train": [(record, media)]}, name="d", tokenizer=tokenizer.path.parent, **options)
+    config = DataConfig(
+        sources={"d": SourceConfig(path=str(folder))}, tokenizer=str(tokenizer.path.parent), seq_length=320, **options
+    )
+    packs = list(heldout_packs(config, tokens_per_tile=small_vlm.RULES.tokens_per_tile, split="train"))
+    assert len(packs) == 1
+    return PackBatch.from_pack(packs[0], model.layout)
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.9])
+def test_training_sees_what_generation_sees(rate, model, prompt, tokenizer, tmp_path):
+    """Tokens and features of the question to the last bit; losses and gradients of the whole chain written out."""
+    batch = training_batch(model, tokenizer, tmp_path / "d", rate)
+    language, seen = model.language_model, _see(model, prompt, rate)
+    length = len(seen.input_ids)
+    with torch.no_grad():
+        expected = language.embed(seen.input_ids)
+        expected[seen.input_ids == TOKENS.image] = seen.features.unsqueeze(1)
+        assert torch.equal(model._embeddings(batch)[:length], expected)
+    assert (batch.labels >= 0).any()
+    assert (batch.labels[: int((seen.input_ids == TOKENS.image).nonzero()[-1]) + 1] < 0).all()
+
+    losses = model(batch)
+    losses.sum().backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    features = model.encode_tiles(batch.tiles)
+    kept = torch.cat([torch.ones_like(features[:1, :, 0], dtype=torch.bool), retained(features[1:].detach(), rate)])
+    ids = batch.pack.input_ids.clone()
+    ids[:length] = seen.input_ids
+    embeddings = language.embed(ids)
+    rows = (ids == TOKENS.image).nonzero()[:, 0]
+    embeddings = embeddings.index_copy(0, rows, features[kept].unsqueeze(1))
+    logits = language.logits(language.hidden_states(embeddings, batch.params))
+    torch.nn.functional.cross_entropy(logits, batch.labels, ignore_index=-100, reduction="sum").backward()
+    for name, parameter in model.named_parameters():
+        assert (found[name] - parameter.grad).norm() <= 2e-5 * parameter.grad.norm() + 1e-9, name
+    model.zero_grad(set_to_none=True)
+
+
+def test_a_rate_that_drops_nothing_is_off_to_the_last_bit(model, tokenizer, tmp_path):
+    off = training_batch(model, tokenizer, tmp_path / "d", 0.0)
+    assert off.pack.tile_tokens is None
+    every = torch.full_like(off.pack.tile_token_start, small_vlm.RULES.tokens_per_tile)
+    through = PackBatch.from_pack(replace(off.pack, tile_tokens=every), model.layout)
+    found = []
+    for batch in (off, through):
+        losses = model(batch)
+        losses.sum().backward()
+        found.append([losses.detach(), *(p.grad.clone() for p in model.parameters())])
+        model.zero_grad(set_to_none=True)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_more_places_than_features_are_refused(model, tokenizer, tmp_path):
+    batch = training_batch(model, tokenizer, tmp_path / "d", 0.5)
+    more = batch.pack.tile_tokens.clone()
+    more[-1] += 1
+    with pytest.raises(DataError, match=r"'q' has \d+ image tokens .* but 9 tiles, which give \d+ visual features"):
+        model(PackBatch.from_pack(replace(batch.pack, tile_tokens=more), model.layout))
 
 
 @torch.no_grad()

@@ -32,7 +32,7 @@ from nemovl_train.config.schema import (
     ParallelConfig,
     RecomputeConfig,
 )
-from nemovl_train.model import attention, lora, mixer, vlm
+from nemovl_train.model import attention, lora, mixer, pruning, vlm
 from nemovl_train.model.adapters import TrainedWeights, add_adapters
 from nemovl_train.model.batch import PackBatch
 from nemovl_train.model.init import full_shape, join_parts, local_part
@@ -254,6 +254,7 @@ BREAKS: dict[str, tuple[object, str, Callable]] = {
     "halo of the convolution": (mixer, "_halos", _zero_halos),
     "share of the mixer's parameters": (mixer.MambaParameters, "share", _first_share),
     "keys and values of other ranks": (attention, "gather_tokens", _own_tokens_only),
+    "frame before a rank's first": (pruning, "_frame_before", lambda *args: None),
     "exchange of visual features": (vlm, "exchange_rows", _kept_rows),
     "division of shared gradients": (vlm, "_divide_gradient", lambda features, copies: None),
     "sum of an adapter's gradient over columns": (lora.Adapter, "_exchanged", _low_uncopied),
@@ -410,6 +411,16 @@ CASES: dict[str, Case] = {
     "cp2 dp2 language alone": Case(parallel=CP2, train=("language",), packs="first"),
 }
 CASES |= {
+    "cp4 clips": Case(parallel=CP4, packs="clips"),
+    "tp2 cp2 clips": Case(parallel=TP2_CP2, packs="clips"),
+    "tp2 cp2 sp clips": Case(parallel=TP2_CP2_SP, packs="clips"),
+    "tp2 sp dp2 clips": Case(parallel=TP2_SP, packs="clips"),
+    "cp2 dp2 clips, frozen tower": Case(parallel=CP2, packs="clips", train=("projector", "language")),
+    "tp2 cp2 sp clips sharded overlap": Case(
+        parallel=TP2_CP2_SP, packs="clips", distributed=True, overlap=True, steps=3
+    ),
+}
+CASES |= {
     "tp2 dp2 adapters": Case(parallel=TP2, adapter=EVERYWHERE, train=()),
     "tp2 sp dp2 adapters": Case(parallel=TP2_SP, adapter=EVERYWHERE, train=()),
     "tp2 cp2 sp adapters": Case(parallel=TP2_CP2_SP, adapter=LANGUAGE, train=("projector",)),
@@ -469,6 +480,7 @@ CONTROLS: dict[str, Case] = {
     "halo": Case(parallel=CP4, broken="halo of the convolution"),
     "shares": Case(parallel=heads(CP4), broken="share of the mixer's parameters"),
     "keys": Case(parallel=CP4, model="few_heads", broken="keys and values of other ranks"),
+    "frame before": Case(parallel=CP4, packs="clips", broken="frame before a rank's first"),
     "features": Case(parallel=CP4, broken="exchange of visual features"),
     "shared gradients": Case(parallel=TP2_CP2, broken="division of shared gradients"),
     "adapter's columns": Case(
@@ -483,12 +495,12 @@ CONTROLS: dict[str, Case] = {
 QUICK = (
     *("tp2 sp dp2", "tp2 cp2", "tp2 cp2 sp", "cp4", "cp4 heads", "cp4 few heads", "cp2 dp2 pieces", "cp2 dp2 first"),
     *("cp2 dp2 sharded overlap", "tp2 cp2 sp selective", "tp2 cp2 sp full", "tp2 dp2 adapters"),
-    *("tp2 sp dp2 adapters", "tp2 sp dp2 adapters selective"),
+    *("tp2 sp dp2 adapters", "tp2 sp dp2 adapters selective", "cp4 clips", "tp2 cp2 clips", "tp2 cp2 sp clips"),
 )
 """The cheapest of each mechanism, for every run of the tests; the rest is for the whole matrix."""
 
 QUICK_CONTROLS = (
-    *("states", "keys", "features", "shared gradients", "weights"),
+    *("states", "keys", "features", "shared gradients", "weights", "frame before"),
     *("adapter's columns", "adapter's tokens"),
 )
 

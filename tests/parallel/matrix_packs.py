@@ -64,9 +64,20 @@ PACKS = {
     "last": [0, 0, 0, 1],
 }
 
+# Documents of four packs with videos: words, media (kind, tiles, image tokens left of it), words. Clips lie across the
+# borders of ranks, tokens and tiles alike; one pack has no medium, one has fewer tiles than ranks.
+CLIPS = [
+    [(30, [("video", 9, 20)], 25), (3, [("image", 2, 8), ("video", 13, 27)], 40), (15, [("video", 5, 4)], 25)],
+    [(40, [("video", 25, 61)], 100)],
+    [(100, [], 50)],
+    [(7, [("video", 2, 5)], 60), (20, [("image", 1, 4)], 30)],
+]
+
 
 def make_packs(kind: str, mode: str = "square") -> list[Pack]:
     """The four packs, images only in those that `PACKS[kind]` marks; the third has no supervised token."""
+    if kind == "clips":
+        return [_clip_pack(number, documents) for number, documents in enumerate(CLIPS)]
     return [
         _pack(number, [(n, t * seen) for n, t in documents], mode, supervised=number != 2)
         for number, (documents, seen) in enumerate(zip(DOCUMENTS, PACKS[kind], strict=True))
@@ -87,6 +98,58 @@ def _pack(number: int, documents: list[tuple[int, int]], mode: str, *, supervise
         weights.append(torch.cat([targets, torch.zeros(1, dtype=torch.bool)]).float() * weight * supervised)
         ids.append(doc)
         begin += length
+    media = {
+        "media_of_tile": torch.zeros(len(starts), dtype=torch.int32),
+        "frame_time": torch.full((len(starts),), float("nan")),
+    }
+    return _assemble(number, ids, weights, torch.tensor(starts, dtype=torch.int64), media, 4 * len(starts))
+
+
+def _clip_pack(number: int, documents: list[tuple[int, list[tuple[str, int, int]], int]]) -> Pack:
+    """Each frame is two words and its share of the tokens that are left of the video; the first frame has all four."""
+    generator = torch.Generator().manual_seed(number)
+    ids, weights, starts, counts, owners, times, begin = [], [], [], [], [], [], 0
+
+    def words(count: int) -> torch.Tensor:
+        return torch.randint(20, IMAGE, (count,), generator=generator)
+
+    for before, media, after in documents:
+        parts = [words(before)]
+        for kind, tiles, left in media:
+            owner = owners[-1] + 1 if owners else 0
+            for tile in range(tiles):
+                rest, others = left - 4, max(1, tiles - 1)
+                count = 4 if kind == "image" or not tile else rest * tile // others - rest * (tile - 1) // others
+                parts.append(words(2 if kind == "video" else 0))
+                starts.append(begin + sum(map(len, parts)))
+                parts.append(torch.full((count,), IMAGE))
+                counts.append(count)
+                owners.append(owner)
+                times.append(0.5 * tile if kind == "video" else float("nan"))
+        asked = sum(map(len, parts))
+        ids.append(torch.cat([*parts, words(after)]))
+        targets = torch.arange(len(ids[-1])) >= asked
+        targets[-1] = False
+        weights.append(targets.float() * int(targets.sum()) ** -0.5)
+        begin += len(ids[-1])
+    media = {
+        "media_of_tile": torch.tensor(owners, dtype=torch.int32),
+        "frame_time": torch.tensor(times),
+        "tile_tokens": torch.tensor(counts, dtype=torch.int64) if counts else None,
+    }
+    return _assemble(number, ids, weights, torch.tensor(starts, dtype=torch.int64), media, sum(counts))
+
+
+def _assemble(
+    number: int,
+    ids: list[torch.Tensor],
+    weights: list[torch.Tensor],
+    starts: torch.Tensor,
+    media: dict[str, torch.Tensor | None],
+    visual: int,
+) -> Pack:
+    generator = torch.Generator().manual_seed(1000 + number)
+    begin = sum(map(len, ids))
     assert begin <= LENGTH
     sizes = [len(doc) for doc in ids] + [LENGTH - begin] * (begin < LENGTH)
     padding = torch.zeros(LENGTH - begin)
@@ -103,16 +166,15 @@ def _pack(number: int, documents: list[tuple[int, int]], mode: str, *, supervise
         cu_seqlens=torch.cat([bounds, bounds[-1:]]),
         max_seqlen=LENGTH,
         tiles=tiles,
-        tile_token_start=torch.tensor(starts, dtype=torch.int64),
-        media_of_tile=torch.zeros(len(tiles), dtype=torch.int32),
+        tile_token_start=starts,
         is_thumbnail=torch.zeros(len(tiles), dtype=torch.bool),
-        frame_time=torch.full((len(tiles),), float("nan")),
+        **media,
         sample_keys=tuple(f"{number}.{i}" for i in range(len(ids))),
         dataset_ids=("matrix",) * len(ids),
         stats={
             "tokens": begin,
             "supervised_tokens": int((loss_weight > 0).sum()),
-            "visual_tokens": 4 * len(starts),
+            "visual_tokens": visual,
             "padding": LENGTH - begin,
         },
     )

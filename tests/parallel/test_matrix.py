@@ -95,7 +95,7 @@ def test_a_broken_layout_does_not(name, quick, alone):
 
 def is_plain(case):
     """Whether its logits are those of the hybrid model as it begins."""
-    return not case.steps and case.model == "hybrid" and not case.adapter.rank
+    return not case.steps and case.model == "hybrid" and not case.adapter.rank and case.packs != "clips"
 
 
 @pytest.mark.parametrize("name", [name for name in matrix.QUICK if is_plain(matrix.CASES[name])])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nemovl_train.parallel.tiles import deal, dealt_tiles
+from nemovl_train.parallel.tiles import DROPPED, deal, dealt_tiles, whole_places
 
 TOKENS = 4  # of a tile
 LENGTH = 96
@@ -17,11 +17,11 @@ def shares(ranks: int, copies: int) -> list[range]:
     return [range(LENGTH * (r // copies) // runs, LENGTH * (r // copies + 1) // runs) for r in range(ranks)]
 
 
-def exchanged(starts: torch.Tensor, held: list[range]) -> list[torch.Tensor]:
+def exchanged(starts: torch.Tensor, places: torch.Tensor, held: list[range]) -> list[torch.Tensor]:
     """What every rank's rows hold after the exchange: the position of the feature that landed there, or -1."""
-    plans = [deal(starts, TOKENS, held, rank) for rank in range(len(held))]
+    plans = [deal(starts, places, held, rank) for rank in range(len(held))]
     # A feature is stood for by the position of its token.
-    made = [(starts[p.tiles][:, None] + torch.arange(TOKENS)).flatten() for p in plans]
+    made = [places[p.tiles].flatten() for p in plans]
     sent = [rows[p.outgoing].split(p.send) for rows, p in zip(made, plans, strict=True)]
     out = []
     for rank, plan in enumerate(plans):
@@ -41,7 +41,18 @@ def test_every_feature_arrives(ranks, copies, count):
     for start in starts.tolist():
         visual[start : start + TOKENS] = torch.arange(start, start + TOKENS)
     held = shares(ranks, copies)
-    for tokens, rows in zip(held, exchanged(starts, held), strict=True):
+    for tokens, rows in zip(held, exchanged(starts, whole_places(starts, TOKENS), held), strict=True):
+        assert torch.equal(rows, visual[tokens.start : tokens.stop])
+
+
+@pytest.mark.parametrize(("ranks", "copies"), [(1, 1), (2, 2), (4, 1), (4, 2)])
+def test_a_dropped_feature_goes_nowhere(ranks, copies):
+    places = whole_places(STARTS, TOKENS)
+    places[torch.rand(places.shape, generator=torch.Generator().manual_seed(0)) < 0.4] = DROPPED
+    visual = torch.full((LENGTH,), -1)
+    visual[places[places != DROPPED]] = places[places != DROPPED]
+    held = shares(ranks, copies)
+    for tokens, rows in zip(held, exchanged(STARTS, places, held), strict=True):
         assert torch.equal(rows, visual[tokens.start : tokens.stop])
 
 

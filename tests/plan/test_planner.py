@@ -11,7 +11,7 @@ from nemovl_train.config.schema import RunConfig
 from nemovl_train.exceptions import ConfigError
 from nemovl_train.plan.calibration import CASES, MEGATRON_CORE, NEMOVL, compare
 from nemovl_train.plan.hardware import GIB, GPU_TYPES
-from nemovl_train.plan.load import Grid, pack_of
+from nemovl_train.plan.load import Grid, heaviest, pack_of
 from nemovl_train.plan.memory import _kept, _made_in_backward, memory
 from nemovl_train.plan.planner import make_plan, node_scaling, to_json, warnings, would_fit
 from nemovl_train.plan.policy import STATES, Policy, policy_of
@@ -116,6 +116,9 @@ def test_pack_of_samples():
     assert (alone.documents, alone.samples, alone.computed_documents) == ((2769,), 1, (2769, 16384 - 2769))
     text = replace(config, model=replace(config.model, parts=("language",)))
     assert pack_of(text).tiles == 0
+    pruned = replace(config, data=replace(config.data, video_pruning_rate=0.75))
+    assert pack_of(pruned).tiles == -(-int(16220 * 0.45) // 64)  # a frame that leaves a quarter is a whole one's work
+    assert (heaviest(config, load).tiles, heaviest(pruned, load).tiles) == (64, 256)
     longer = replace(config, workload=replace(config.workload, sample_tokens=10**6))
     assert pack_of(longer).documents == (16220,)
 

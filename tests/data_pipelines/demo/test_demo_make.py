@@ -15,8 +15,10 @@ import pytest
 import yaml
 
 from data_pipelines.cli import add_data_commands
+from data_pipelines.config import DataConfig, SourceConfig
 from data_pipelines.demo import make, text
 from data_pipelines.exceptions import DataError
+from data_pipelines.loader import heldout_packs
 
 SCALE = 0.02
 MAX_TOKENS = {"code": 768, "long_facts": 4864, "video_clip": 256}
@@ -46,6 +48,25 @@ def test_lengths_fit_the_stages(demo: Path) -> None:
     assert record["datasets"]["digits_read"]["train"]["mean_tiles"] == 1
     assert record["datasets"]["image_pair"]["train"]["mean_tiles"] == 2
     assert record["datasets"]["ocr_line"]["train"]["mean_tiles"] >= 3
+
+
+def test_every_sample_is_as_long_in_its_pack_as_it_was_planned(demo: Path) -> None:
+    shipped = yaml.safe_load((Path(__file__).parents[3] / "configs" / "data" / "tiny.yaml").read_text())
+    options = {key: shipped[key] for key in make.RULES}
+    for name in make.SETS:
+        sources = {name: SourceConfig(path=str(demo / name))}
+        config = DataConfig(sources=sources, tokenizer=str(demo / "tokenizer"), seq_length=4864, **options)
+        for split in ("train", "heldout"):
+            manifest = pq.read_table(demo / name / f"{split}.parquet", columns=["key", "total_tokens", "tiles"])
+            planned = dict(zip(manifest["key"].to_pylist(), manifest["total_tokens"].to_pylist(), strict=True))
+            found, tiles = {}, 0
+            for pack in heldout_packs(config, tokens_per_tile=4, split=split):
+                assert pack.stats["quarantined"] == 0
+                lengths = pack.cu_seqlens.diff().tolist()
+                found |= dict(zip(pack.sample_keys, lengths, strict=False))
+                tiles += len(pack.tiles)
+            assert found == planned, (name, split)
+            assert tiles == sum(manifest["tiles"].to_pylist())
 
 
 def test_the_shipped_configuration_asks_for_the_same_rules() -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import resource
+import socket
 import struct
 import subprocess
 import sys
@@ -14,9 +15,12 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from data_pipelines.dataset import Dataset
 from data_pipelines.exceptions import DataError
 from data_pipelines.importers import references
 from data_pipelines.importers.references import MediaFinder
@@ -195,11 +199,57 @@ def test_random_rows_end_as_samples_or_as_rejected_rows(tmp_path, bring, lines, 
     assert set(result["rejected"]) <= {"record", "media", "duplicate_id"}
 
 
-def test_a_line_of_300_mb_costs_no_memory(tmp_path, tokenizer_folder):
+def test_no_server_is_asked_for_anything(tmp_path, bring, lines, rejected):
+    """A row's URL may name a machine of the private network that the import runs in."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        urls = [f"http://127.0.0.1:{port}/a.png", f"https://localhost:{port}/a.png", f"ftp://127.0.0.1:{port}/a.png"]
+        urls += ["http://10.0.0.7/a.png", "http://[fd00::1]/a.png", "http://192.168.1.1/a.png"]
+        messages = [
+            [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]},
+             {"role": "assistant", "content": "a"}]
+            for url in urls
+        ]  # fmt: skip
+        rows = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}]
+        lines(tmp_path / "rows.jsonl", [*rows, *({"messages": asked} for asked in messages)])
+        assert bring(tmp_path / "rows.jsonl", max_bad=0.9)["rejected"] == {"media": len(urls)}
+        assert all("nothing is fetched" in line["message"] for line in rejected())
+        server.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            server.accept()
+
+
+def test_numbers_that_are_none_in_a_tables_metadata(tmp_path, bring, imported, clip):
+    """What a table says of a video is used only where it is all there and makes sense; then the file is asked."""
+    names = ("video_fps", "video_num_frames", "video_width", "video_height")
+    given = [[10.0, 40.0, 32.0, 32.0], [float("nan"), 40.0, 32.0, 32.0], [10.0, float("nan"), 32.0, 32.0],
+             [10.0, float("inf"), 32.0, 32.0], [10.0, 40.0, -1.0, 32.0]]  # fmt: skip
+    rows = [
+        {"messages": [
+            {"role": "user", "content": [
+                {"type": "video", "video": "a.mp4", "text": None,
+                 "metadata": dict(zip(names, values, strict=True)) | {"video_duration": values[0]}},
+                {"type": "text", "video": None, "text": "q", "metadata": None}]},
+            {"role": "assistant", "content": [{"type": "text", "video": None, "text": "a", "metadata": None}]}]}
+        for values in given
+    ]  # fmt: skip
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "a.mp4").write_bytes(clip(40, 10, 32))
+    pq.write_table(pa.Table.from_pylist(rows), source / "train.parquet")
+    assert bring(source)["splits"]["train"]["samples"] == len(rows)
+    found = [record["messages"][0]["content"][0] for record, _ in imported()]
+    assert ["metadata" in item for item in found] == [True, False, False, False, False]
+    dataset = Dataset.open(tmp_path / "imported", "train")
+    assert {(s.fps, s.frames, s.width) for i in range(len(rows)) for s in dataset.shapes(i)} == {(10.0, 40, 32)}
+
+
+@pytest.mark.parametrize("mebibytes", [300, pytest.param(1024, marks=pytest.mark.slow)])
+def test_an_endless_line_costs_no_memory(tmp_path, tokenizer_folder, mebibytes):
     """The limit is 64 MiB a record: a longer one is found and skipped without being read into memory."""
     with (tmp_path / "rows.jsonl").open("wb") as file:
         file.write(b'{"question": "q", "answer": "a"}\n{"question": "')
-        for _ in range(300):
+        for _ in range(mebibytes):
             file.write(b"x" * 2**20)
         file.write(b'"}\n{"question": "q", "answer": "b"}\n')
     code = f"""

@@ -1,4 +1,5 @@
 import itertools
+import random
 
 import pytest
 
@@ -33,6 +34,20 @@ def rules(**options):
 )
 def test_golden_grids_of_the_released_processor(size, grid):
     assert choose_grid(*size, 12, 512) == grid
+
+
+def test_grids_are_those_of_an_independent_implementation():
+    """Transformers' own form of InternVL's rule, over random sizes and over all on which several grids tie."""
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
+
+    draw = random.Random(3)
+    sizes = [(draw.randint(1, 5000), draw.randint(1, 5000)) for _ in range(1500)]
+    grids = itertools.product(range(1, 7), repeat=2)
+    sizes += [(c * side, r * side) for c, r in grids for side in (90, 200, 256, 362, 363, 512, 700, 1024)]
+    for most in (1, 2, 4, 6, 8, 12):
+        for width, height in sizes:
+            theirs = get_optimal_tiled_canvas((height, width), (512, 512), 1, most)
+            assert choose_grid(width, height, most, 512) == theirs, (width, height, most)
 
 
 @pytest.mark.parametrize(("max_tiles", "tiles"), [(2, 3), (4, 3), (8, 3), (12, 11)])
