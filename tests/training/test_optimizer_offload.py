@@ -41,8 +41,8 @@ def bytes_of(optimizers):
 
 def test_a_run_with_it_equals_one_without_also_through_a_checkpoint(data, tmp_path):
     """Before the others: a run makes its own layout, and theirs stays until the end of the file."""
-    whole = running.run(tiny_runs.run_config(data, tmp_path / "whole"))
-    config = tiny_runs.run_config(data, tmp_path / "resting")
+    whole = running.run(tiny_runs.run_config(data, tmp_path / "whole", steps=4))
+    config = tiny_runs.run_config(data, tmp_path / "resting", steps=4)
     config = replace(config, optim=replace(config.optim, offload=True))
     assert running.run(config, running.stop_at(3)).code == ExitCode.REQUEUE
     again = running.run(config)
