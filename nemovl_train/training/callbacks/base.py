@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Protocol
 
 from nemovl_train.config.schema import RunConfig
+from nemovl_train.parallel.layout import Layout
 from nemovl_train.training.state import TrainState
 from nemovl_train.training.step import StepResult
-from nemovl_train.training.telemetry import StepNumbers
+from nemovl_train.training.telemetry import StepNumbers, Telemetry
 
 
 class Run(Protocol):
@@ -16,12 +17,16 @@ class Run(Protocol):
 
     Attributes:
         config: The stage's config.
+        layout: Groups and sizes of this run.
+        telemetry: What is measured of steps, and on which hosts.
         state: Counters after the last step.
         numbers: Measurements of the last step; None before the first.
         step_keys: Samples of the last step that changed nothing, over all ranks.
     """
 
     config: RunConfig
+    layout: Layout
+    telemetry: Telemetry
     state: TrainState
     numbers: StepNumbers | None
     step_keys: tuple[str, ...]

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemovl_train.checkpoint.files import explain_disk_errors
-from nemovl_train.training.callbacks.base import Callback
+from nemovl_train.training.callbacks.base import Callback, Run
 from nemovl_train.training.profiling import Recording, page, summary
 
 if TYPE_CHECKING:
     from nemovl_train.config.schema import ProfileConfig
     from nemovl_train.training.step import StepResult
-    from nemovl_train.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +31,7 @@ class Profile(Callback):
         self._taken, self._first = 0, 0
         self._recording: Recording | None = None
 
-    def on_step(self, trainer: Trainer, result: StepResult, *, lr: float, data_seconds: float) -> None:
+    def on_step(self, trainer: Run, result: StepResult, *, lr: float, data_seconds: float) -> None:
         """Begin or end."""
         self._taken += 1
         if self._taken == self._options.after:
@@ -48,7 +47,7 @@ class Profile(Callback):
             self._recording = None
             log.warning("no profile: the run ended before profile.after + profile.steps of its steps")
 
-    def _write(self, trainer: Trainer) -> None:
+    def _write(self, trainer: Run) -> None:
         assert self._recording is not None
         found, self._recording = self._recording, None
         found.stop()
