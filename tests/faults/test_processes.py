@@ -68,7 +68,7 @@ def test_data_that_do_not_come_end_the_run_with_stacks_of_every_rank(data, tmp_p
 def test_a_collective_that_takes_too_long_speaks_before_the_watchdog(data, tmp_path, run):
     config = config_of(data, tmp_path, stall_timeout_s=60.0)
     config = replace(config, parallel=replace(config.parallel, collective_timeout_s=3.0))
-    ended = run(config, ranks=2, fault=Fault("accounted", "freeze", rank=1, step=2), timeout_s=90)
+    ended = run(config, ranks=2, fault=Fault("data", "freeze", rank=1, step=2), timeout_s=90)
     assert ended.codes == [ExitCode.FAILED, KILLED]
     assert "Timed out" in ended.texts[0] or "timed out" in ended.texts[0]
     assert not (StageFolder.of(config).path / "stacks").exists()
