@@ -21,6 +21,7 @@ from nemovl_train.doctor.exclude import add_excluded
 from nemovl_train.doctor.facts import Gpu, NodeFacts, collect_facts, node_name
 from nemovl_train.doctor.judge import as_document, as_text, judge
 from nemovl_train.exit_codes import ExitCode, guarded
+from nemovl_train.parallel.attempt import own_part
 
 ANSWER_SECONDS = 300
 COLLECTIVE_SECONDS = 120
@@ -58,7 +59,7 @@ class _Preflight:
             self.device = torch.device("cuda", self.local_rank)
             torch.cuda.set_device(self.device)
         found, _, _ = next(dist.rendezvous("env://", timeout=self.patience))
-        self.store = dist.PrefixStore(f"doctor/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", found)
+        self.store = dist.PrefixStore("doctor", own_part(found))
 
     def run(self) -> int:
         speaks = self.local_rank == 0
