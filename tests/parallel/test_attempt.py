@@ -1,4 +1,4 @@
-"""Names of starts under torchrun: what a restart must not find, and where agents that count differently have to meet."""
+"""Names of starts under torchrun: what a restart must not find, and where agents that count differently meet."""
 
 import pytest
 import torch.distributed as dist
