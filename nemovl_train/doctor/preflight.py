@@ -21,6 +21,7 @@ from nemovl_train.doctor.exclude import add_excluded
 from nemovl_train.doctor.facts import Gpu, NodeFacts, collect_facts, node_name
 from nemovl_train.doctor.judge import as_document, as_text, judge
 from nemovl_train.exit_codes import ExitCode, guarded
+from nemovl_train.parallel.attempt import own_part
 
 ANSWER_SECONDS = 300
 COLLECTIVE_SECONDS = 120
@@ -58,7 +59,7 @@ class _Preflight:
             self.device = torch.device("cuda", self.local_rank)
             torch.cuda.set_device(self.device)
         found, _, _ = next(dist.rendezvous("env://", timeout=self.patience))
-        self.store = dist.PrefixStore(f"doctor/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", found)
+        self.store = dist.PrefixStore("doctor", own_part(found))
 
     def run(self) -> int:
         speaks = self.local_rank == 0
@@ -76,18 +77,27 @@ class _Preflight:
                 self.store.set(f"rates/{self.node}", json.dumps(asdict(facts)))
             everyone, missing = self._hear("rates")
         if self.rank:
-            code = int(self.store.get("verdict"))
+            try:
+                code = int(self.store.get("verdict"))
+            except (RuntimeError, dist.DistStoreError):
+                # The node that judges is the silent one: the first that spoke takes its place.
+                spoke = [node for node in range(self.nodes) if self.store.check([f"facts/{node}"])]
+                return self._judge(everyone, missing) if speaks and spoke[:1] == [self.node] else ExitCode.FAILED
             self.store.add("left", 1)
             return code
+        code = self._judge(everyone, missing)
+        self.store.set("verdict", str(int(code)))
+        self._wait_for_readers(self.world - 1 - self.local_world * len(missing))
+        return code
+
+    def _judge(self, everyone: list[NodeFacts], missing: list[str]) -> ExitCode:
+        """Print and write what was found, and add bad nodes to the exclude file."""
         bad = judge(everyone, missing)
         print(as_text(everyone, bad), file=sys.stderr, flush=True)
         (self.folder / "preflight.json").write_text(json.dumps(as_document(everyone, bad), indent=1), encoding="utf-8")
         if bad and self.exclude_file:
             add_excluded(self.exclude_file, bad)
-        code = ExitCode.FAILED if bad else ExitCode.OK
-        self.store.set("verdict", str(int(code)))
-        self._wait_for_readers(self.world - 1 - self.local_world * len(missing))
-        return code
+        return ExitCode.FAILED if bad else ExitCode.OK
 
     def _hear(self, key: str) -> tuple[list[NodeFacts], list[str]]:
         """What every node said under a key, and the names of those that said nothing in time."""

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from nemovl_train.config.schema import LanguageConfig, ParallelConfig
 from nemovl_train.exceptions import LayoutError
 from nemovl_train.parallel import cpu
+from nemovl_train.parallel.attempt import own_part
 from nemovl_train.parallel.legality import layout_problems
 
 cpu.install_if_no_cuda()
@@ -196,11 +197,8 @@ def _start_distributed(timeout_s: float) -> torch.device:
         backend = "nccl" if device.type == "cuda" else "gloo"
         if all(name in os.environ for name in _TORCHRUN_VARIABLES):
             store, rank, world_size = next(dist.rendezvous("env://"))
-            # torchrun keeps one store over its restarts: without a name of its own, gloo would find the addresses of
-            # the processes before.
-            store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
             timeout = timedelta(seconds=timeout_s)
-            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+            dist.init_process_group(backend, store=own_part(store), rank=rank, world_size=world_size, timeout=timeout)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return device
