@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from nemovl_train.checkpoint import sealed
+from nemovl_train.checkpoint.base import parent_of
 from nemovl_train.checkpoint.files import replace_text
 
 FILE = "lineage.json"
@@ -34,8 +35,8 @@ def lineage_of(checkpoint: Path) -> list[dict[str, Any]]:
     if written.is_file():
         found: list[dict[str, Any]] = json.loads(written.read_text(encoding="utf-8"))
         return found
-    parent = _state(checkpoint).get("parent")
-    return _from(Path(parent)) if parent else []
+    parent = parent_of(checkpoint) if (checkpoint / "state.json").is_file() else None
+    return _from(parent) if parent else []
 
 
 def _from(parent: Path) -> list[dict[str, Any]]:

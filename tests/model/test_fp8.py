@@ -1,4 +1,4 @@
-"""Which layers run in the FP8 context, and when. What happens inside it needs a GPU (tests/gpu/test_fp8.py)."""
+"""Which layers run in the FP8 context, and when. What happens inside it needs a GPU (tests/gpu/test_gpu_fp8.py)."""
 
 import sys
 from contextlib import contextmanager
