@@ -142,7 +142,7 @@ def lay_out(shape: MediaShape, rules: RenderRules, *, max_tiles: int, max_frames
         indices = sample_frames(shape.frames, shape.fps, target_fps=rules.video_fps, max_frames=max_frames)
         times = tuple(frame_time(i, shape.fps) for i in indices)
         rate = rules.video_pruning_rate
-        tokens = _frame_tokens(len(indices), rules.tokens_per_tile, rate) if rate else ()
+        tokens = frame_tokens(len(indices), rules.tokens_per_tile, rate) if rate else ()
         return MediaLayout("video", (1, 1), False, indices, times, tokens)
     grid = choose_grid(shape.width, shape.height, max_tiles, rules.tile_size)
     return MediaLayout("image", grid, rules.use_thumbnail and grid[0] * grid[1] > 1)
@@ -153,7 +153,7 @@ def tokens_kept(frames: int, tokens_per_frame: int, rate: float) -> int:
     return max(tokens_per_frame, int(frames * tokens_per_frame * (1 - rate)))
 
 
-def _frame_tokens(frames: int, tokens_per_frame: int, rate: float) -> tuple[int, ...]:
+def frame_tokens(frames: int, tokens_per_frame: int, rate: float) -> tuple[int, ...]:
     """Places for the tokens that are left: the first frame whole, as it always is, the rest spread over the others."""
     rest = tokens_kept(frames, tokens_per_frame, rate) - tokens_per_frame
     others = frames - 1

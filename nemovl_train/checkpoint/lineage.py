@@ -29,14 +29,19 @@ def lineage_of(checkpoint: Path) -> list[dict[str, Any]]:
     """Ancestors of a checkpoint, the nearest first; none for initial weights and imports.
 
     Each is `stage`, `step` and `trained` parts, or the name of what was imported, with the `integrity` that seals it.
-    A stage from before there was such a record is followed as far as its parents are still there.
+    A stage without such a record is followed as far as its parents are still there; of one that is not, name and seal.
     """
-    written = _home(checkpoint) / FILE
-    if written.is_file():
-        found: list[dict[str, Any]] = json.loads(written.read_text(encoding="utf-8"))
-        return found
-    parent = parent_of(checkpoint) if (checkpoint / "state.json").is_file() else None
-    return _from(parent) if parent else []
+    state = _state(checkpoint)
+    if not state.get("parent"):
+        return []
+    seal = state.get("parent_seal")
+    written = _written(_home(checkpoint))
+    # A start that failed may have left the record of another parent.
+    if written and seal in (None, written[0].get("integrity")):
+        return written
+    parent = parent_of(checkpoint)
+    lost = {"stage": "/".join(Path(state["parent"]).parts[-4:-2]), "integrity": seal}
+    return [lost] if parent is None else _from(parent)
 
 
 def _from(parent: Path) -> list[dict[str, Any]]:
@@ -47,6 +52,14 @@ def _from(parent: Path) -> list[dict[str, Any]]:
     else:
         entry = {"stage": "/".join(_home(parent).parts[-2:]), "step": state.get("step")} | _trained(parent)
     return [entry | {"integrity": sealed.seal_of(parent)}, *lineage_of(parent)]
+
+
+def _written(stage: Path) -> list[dict[str, Any]]:
+    try:
+        found = json.loads((stage / FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
 
 
 def _trained(checkpoint: Path) -> dict[str, Any]:

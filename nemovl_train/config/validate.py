@@ -120,6 +120,11 @@ def validate_schedule(config: ScheduleConfig, stages: Sequence[RunConfig]) -> li
             keys = ", ".join(_different(asdict(config.model), asdict(stage.model), "model."))
             recipe = config.stages[index].recipe
             problems.append(f"stages.{index} ({recipe}): other model than the schedule's in {keys}")
+        if stage.trainer.dry_run:
+            problems.append(
+                f"stages.{index} ({config.stages[index].recipe}): trainer.dry_run trains nothing that a schedule could "
+                "hand on; try the stage alone, with `nemovl train`"
+            )
         if stage.adapter.rank:
             problems.append(
                 f"stages.{index} ({config.stages[index].recipe}): adapter.rank={stage.adapter.rank}, and a schedule "

@@ -98,7 +98,7 @@ class PackBatch:
         if not pack.tiles.shape[0] == len(pack.tile_token_start) == len(tile_tokens):
             raise DataError(
                 f"the pack with samples {list(pack.sample_keys)} has {pack.tiles.shape[0]} tiles but "
-                f"{pack.tile_token_start.shape[0]} starts of tiles. Build the pack again."
+                f"{pack.tile_token_start.shape[0]} starts and {len(tile_tokens)} counts of tiles. Build the pack again."
             )
         if pack.tiles.shape[0] and tuple(pack.tiles.shape[1:]) != (3, tile_size, tile_size):
             raise DataError(

@@ -103,7 +103,9 @@ def _stage(config: RunConfig, entry: StageEntry, ledger: Ledger, root: Path) -> 
             ]
         )
     if not folder.is_done():
-        ledger.update(entry, state=RUNNING, parent=parent, parent_seal=seal, checkpoint=None)
+        ledger.update(
+            entry, state=RUNNING, parent=parent, parent_seal=seal, checkpoint=None, unchanged=None, evaluation=None
+        )
         log.info("stage %s: from %s", entry.name, parent)
     code = trainer.run(config)
     if code == ExitCode.OK:

@@ -150,13 +150,16 @@ class DeepSpeedEngine:
 
         offload = self.zero.parameter_offload
         offload._remove_module_hooks()
-        with zero.GatheredParameters(list(self.model.parameters())):
-            blank_tiles, self.model.blank_tiles = self.model.blank_tiles, None
-            yield self.model
+        blank_tiles = self.model.blank_tiles
+        try:
+            with zero.GatheredParameters(list(self.model.parameters())):
+                self.model.blank_tiles = None
+                yield self.model
+        finally:
             self.model.blank_tiles = blank_tiles
-        offload.forward_hooks, offload.backward_hooks = [], []
-        offload.setup_zero_stage3_hooks()
-        self._gather_head_with_its_model()
+            offload.forward_hooks, offload.backward_hooks = [], []
+            offload.setup_zero_stage3_hooks()
+            self._gather_head_with_its_model()
 
     def sharded_state_dict(self, model_state: dict[str, Any], *, is_loading: bool = False) -> dict[str, Any]:
         """Master weights and moments of this rank, as they lie in memory."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,9 +14,11 @@ from typing import Any
 import psutil
 import torch
 
+from data_pipelines.media.rules import frame_tokens, tokens_kept
 from data_pipelines.schema import Pack
 from nemovl_train.checkpoint.files import replace_text
 from nemovl_train.config.schema import ModelConfig, RunConfig
+from nemovl_train.exceptions import RunFailedError
 from nemovl_train.parallel.agree import from_every_rank, on_first_rank
 from nemovl_train.parallel.layout import Layout
 from nemovl_train.plan.load import heaviest, pack_of
@@ -45,10 +48,11 @@ def dry_run(engine: Engine, pack: Pack, config: RunConfig, layout: Layout, folde
     """
     packs = [pack]
     if heaviest(config, pack_of(config)).tiles:
-        packs.append(images_alone(pack, config.model))
+        packs.append(images_alone(pack, config.model, config.data.video_pruning_rate))
     _run(engine, packs)
-    # Optimizers make their state at the first update.
-    engine.step(0.0)
+    # Optimizers make their state at the first update, unless a gradient is not finite.
+    if (norm := engine.step(0.0)) is None or not math.isfinite(norm):
+        raise RunFailedError(f"{folder}: a gradient of the dry run is not finite ({norm}); its memory says nothing")
     began = time.perf_counter()
     _run(engine, packs)
     seconds = time.perf_counter() - began
@@ -77,14 +81,23 @@ def text(found: dict[str, Any]) -> str:
     return f"{said}; heaviest pack: {found['tiles']} tiles; nothing was trained"
 
 
-def images_alone(pack: Pack, model: ModelConfig) -> Pack:
-    """A pack of the same length that is one sample of as many tiles as fit, and one token to predict."""
+def images_alone(pack: Pack, model: ModelConfig, pruning_rate: float = 0.0) -> Pack:
+    """A pack of the same length that is one sample of as many tiles as fit, and one token to predict.
+
+    Where videos are pruned it is one video, since more of its tiles fit than of images.
+    """
     length, per_tile, side = len(pack.input_ids), model.tokens_per_tile, model.vision.tile_size
     tiles = (length - 1) // per_tile
+    counts = torch.full((tiles,), per_tile)
+    if pruning_rate:
+        while tokens_kept(tiles + 1, per_tile, pruning_rate) < length:
+            tiles += 1
+        counts = torch.tensor(frame_tokens(tiles, per_tile, pruning_rate))
+    visual = int(counts.sum())
     ids = torch.full((length,), model.tokens.eos)
-    ids[: tiles * per_tile] = model.tokens.image
+    ids[:visual] = model.tokens.image
     labels = torch.full((length,), -100)
-    labels[tiles * per_tile - 1] = model.tokens.eos
+    labels[visual - 1] = model.tokens.eos
     supervised = labels >= 0
     return replace(
         pack,
@@ -97,13 +110,14 @@ def images_alone(pack: Pack, model: ModelConfig) -> Pack:
         cu_seqlens=torch.full_like(pack.cu_seqlens, length).index_fill_(0, torch.tensor(0), 0),
         max_seqlen=length,
         tiles=torch.zeros(tiles, 3, side, side, dtype=torch.uint8),
-        tile_token_start=torch.arange(tiles) * per_tile,
-        media_of_tile=torch.arange(tiles, dtype=torch.int32),
+        tile_token_start=counts.cumsum(0) - counts,
+        tile_tokens=counts if pruning_rate else None,
+        media_of_tile=torch.zeros(tiles, dtype=torch.int32) if pruning_rate else torch.arange(tiles, dtype=torch.int32),
         is_thumbnail=torch.zeros(tiles, dtype=torch.bool),
-        frame_time=torch.full((tiles,), float("nan")),
+        frame_time=torch.arange(tiles) / 2 if pruning_rate else torch.full((tiles,), float("nan")),
         sample_keys=("images alone",),
         dataset_ids=(pack.dataset_ids[0] if pack.dataset_ids else "",),
-        stats={**pack.stats, "tokens": length, "supervised_tokens": 1, "visual_tokens": tiles * per_tile, "padding": 0},
+        stats={**pack.stats, "tokens": length, "supervised_tokens": 1, "visual_tokens": visual, "padding": 0},
     )
 
 

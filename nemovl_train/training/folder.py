@@ -16,7 +16,9 @@ from nemovl_train.config.dump import Change, config_diff, config_hash, dump_yaml
 from nemovl_train.config.schema import RunConfig
 from nemovl_train.exceptions import CheckpointError, ConfigError
 from nemovl_train.parallel.agree import on_first_rank
+from nemovl_train.training.ending import FILE as ENDING
 from nemovl_train.training.ending import ending_of
+from nemovl_train.training.handover import FILE as HANDOVER
 from nemovl_train.training.handover import read_handover
 from nemovl_train.training.lock import FolderLock
 
@@ -109,6 +111,8 @@ class StageFolder:
                 log.warning("%s: continuing with another option, as allowed: %s", self.path, change)
             identity["run_id"] = self._first_run_id()
         if not identity:
+            for left in (LINEAGE, HANDOVER, ENDING, "evaluation.json"):
+                (self.path / left).unlink(missing_ok=True)
             replace_text(self.path / _RUN_FILE, json.dumps({"run_id": self.run_id}))
         replace_text(written, dump_yaml(self.config))
         sealed.clean(self.checkpoints)
@@ -121,6 +125,16 @@ class StageFolder:
             return self.run_id
 
 
+def _refuse_changed(path: Path) -> None:
+    """A stage whose frozen parts moved is not handed on, by name or by one of its checkpoints."""
+    for stage in (path, path.parent, path.parent.parent):
+        if changed := read_handover(stage).get("changed_tensors"):
+            raise CheckpointError(
+                f"{stage} was to leave parts alone and changed {len(changed)} of their tensors, {changed[0]} among "
+                f"them (its {HANDOVER}): train it again from its parent"
+            )
+
+
 def resolve_checkpoint(path: Path) -> Path | sealed.Verified:
     """A checkpoint from its folder, a `checkpoints` folder, or a stage folder. Collective.
 
@@ -130,6 +144,7 @@ def resolve_checkpoint(path: Path) -> Path | sealed.Verified:
     Raises:
         CheckpointError: Nothing loadable is there.
     """
+    on_first_rank(lambda: _refuse_changed(path))
     if on_first_rank(lambda: (path / "integrity.json").is_file()):
         return path
     for root in (path / "checkpoints", path):

@@ -229,6 +229,8 @@ class Optimizers:
     def whole_model(self) -> Iterator[NemotronVL]:
         """The model, which every rank holds whole (but for tensor parallelism). Collective."""
         self.collect_weights()
+        if self.resting is not None:
+            self.resting.rest()  # evaluation gets the room that a step's packs have
         yield self.model
 
     def close(self) -> None:

@@ -26,10 +26,13 @@ from nemovl_train.exit_codes import ExitCode
 log = logging.getLogger(__name__)
 
 LEAVE_SECONDS = 5.0
-"""How long the main thread has to notice by itself, which lets it say more."""
+"""How long the main thread has to notice by itself, which lets it say more, after a process has died."""
+FAIL_SECONDS = 60.0
+"""The same after a process has left with an error: this one may be leaving with it too, and be closing what is open."""
 
-_BYE, _LOST = b"b", b"l"
+_BYE, _LOST, _FAILED = b"b", b"l", b"f"
 _CONNECT_SECONDS = 20.0
+_WORD_SECONDS = 2.0  # a stranger that says nothing must not keep the watching thread
 _LINGER_SECONDS = 10.0  # for the good-byes of others
 # Stages that follow each other in the same processes share their store.
 _NUMBERS = itertools.count()
@@ -70,7 +73,7 @@ class PeerWatch:
     ) -> None:
         """Take leave; a process that fails is one that the others lose."""
         self._closing.set()
-        self._tell(_BYE if error is None else _LOST)
+        self._tell(_BYE if error is None else _FAILED)
 
     def _listen(self, store: dist.Store) -> None:
         try:
@@ -97,8 +100,11 @@ class PeerWatch:
     def _accept(self, listener: socket.socket) -> None:
         with suppress(OSError):
             connection, _ = listener.accept()
-            connection.settimeout(_CONNECT_SECONDS)
-            word = connection.recv(len(self._token), socket.MSG_WAITALL)
+            connection.settimeout(_WORD_SECONDS)
+            try:
+                word = connection.recv(len(self._token), socket.MSG_WAITALL)
+            except OSError:
+                word = b""
             if secrets.compare_digest(word, self._token):
                 self._add(connection)
             else:
@@ -131,7 +137,7 @@ class PeerWatch:
             word = connection.recv(1)
         except OSError:
             word = _LOST
-        if word != _BYE and not self._closing.wait(LEAVE_SECONDS):
+        if word != _BYE and not self._closing.wait(FAIL_SECONDS if word == _FAILED else LEAVE_SECONDS):
             self._end()
         self._selector.unregister(connection)
         self._connections.discard(connection)

@@ -140,6 +140,10 @@ class Trainer:
             load_base(resumed_from.folder, self.model, Path(config.trainer.init_from))
         add_adapters(self.model, config.adapter, layout, seed=config.trainer.seed)
         self.model.freeze(train=config.trainer.train)
+        # Before the engine, which may take the weights apart; and a minute or two that are no stall.
+        self.watchdog.beat()
+        tune_once(self.model, layout, config.data.seq_length)
+        self.watchdog.beat()
         # Opened after the initial weights: it copies its fp32 master weights from them.
         self.engine = open_engine(self.model, layout, config)
         self.telemetry = Telemetry(config, layout)
@@ -180,10 +184,9 @@ class Trainer:
             closing.callback(self.stream.close)
             for callback in self.callbacks:
                 closing.callback(callback.close)
-            tune_once(self.model, self.layout, self.config.data.seq_length)
             if self.config.trainer.dry_run:
                 dry_run(self.engine, self._next_packs()[0][0], self.config, self.layout, self.folder.path)
-                return ExitCode.OK
+                return ExitCode.REQUEUE if self.control.stopping() else ExitCode.OK
             self._call("on_start")
             self.validation.measure_if_due(self.state)
             while not self._has_ended():

@@ -20,12 +20,11 @@ from nemovl_train.config.compose import compose_stage
 from nemovl_train.convert import checkpoints as convert_checkpoints
 from nemovl_train.convert import verify as convert_verify
 from nemovl_train.convert.checkpoints import checkpoint_tensors, describe_checkpoint
-from nemovl_train.exceptions import CheckpointError, ConfigError, RunFailedError
+from nemovl_train.exceptions import CheckpointError, ConfigError
 from nemovl_train.exit_codes import ExitCode
 from nemovl_train.report import html
 from nemovl_train.schedule import chain
 from nemovl_train.schedule.ledger import Ledger, StageEntry
-from nemovl_train.training import trainer
 from nemovl_train.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
@@ -119,44 +118,6 @@ def test_a_model_card_names_every_ancestor(finished):
     finally:
         for stage in (first, second):
             (stage.parents[1] / "kept").rename(stage.parents[1] / "lineage.json")
-
-
-def test_a_stage_that_moved_a_frozen_part_is_not_handed_on(recipe, tmp_path, monkeypatch):
-    """One weight of the frozen language model, changed by its last bit: no stage starts from that, however often."""
-    account = Trainer._account
-
-    def damaged(self, *args):
-        account(self, *args)
-        if self.state.step == 4 and self.config.run.stage == "first":
-            weight = self.model.language_model.decoder.final_norm.weight.data
-            weight[3] = torch.nextafter(weight[3], weight[3] + 1)
-
-    monkeypatch.setattr(Trainer, "_account", damaged)
-    config, run = compose(recipe, tmp_path / "runs"), tmp_path / "runs" / "chain"
-    for _ in range(2):
-        with pytest.raises(RunFailedError, match=r"1 tensors differ .*language_model\.decoder\.final_norm\.weight"):
-            chain.run(config)
-        monkeypatch.undo()  # the second time it is in the checkpoint
-    record = json.loads((run / "first" / "handover.json").read_text())
-    assert (record["frozen"], record["unchanged"]) == (["vision", "language"], ["vision"])
-    assert [stage["state"] for stage in ledger(run)] == ["running", "pending"]
-
-
-def test_a_comparison_that_was_cut_off_is_made_up_for(recipe, tmp_path, monkeypatch):
-    """Killed between the last checkpoint and the comparison: the stage is not taken for done."""
-    config, run = compose(recipe, tmp_path / "runs"), tmp_path / "runs" / "chain"
-
-    def killed(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(trainer, "hand_over", killed)
-    with pytest.raises(KeyboardInterrupt):
-        chain.run(config)
-    assert (run / "first/checkpoints/step_00000004/COMPLETE").is_file()
-    monkeypatch.undo()
-    assert chain.run(config) == ExitCode.OK
-    assert ledger(run)[0]["unchanged"] == ["vision", "language"]
-    assert len((run / "first" / "metrics.jsonl").read_text().splitlines()) == 4
 
 
 def test_each_stage_starts_from_the_weights_of_the_one_before(finished):

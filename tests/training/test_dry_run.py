@@ -8,6 +8,8 @@ import running
 import tiny_runs
 import torch
 
+from data_pipelines.loader import PackStream
+from data_pipelines.media.rules import tokens_kept
 from nemovl_train.checkpoint import sealed
 from nemovl_train.config.schema import ParallelConfig
 from nemovl_train.exit_codes import ExitCode
@@ -40,8 +42,6 @@ def test_a_pack_of_images_alone_is_a_legal_pack(data):
     config = tiny_runs.run_config(data, data)
     packs = []
     running_pack = tiny_runs.MODEL
-    from data_pipelines.loader import PackStream
-
     stream = PackStream(config.data, tokens_per_tile=4, seed=1, global_batch=1)
     packs.append(next(stream)[0])
     stream.close()
@@ -54,4 +54,19 @@ def test_a_pack_of_images_alone_is_a_legal_pack(data):
     batch = PackBatch.from_pack(made, layout)
     batch.check_tiles(running_pack.tokens.image, 4, running_pack.vision.tile_size)
     assert torch.equal(batch.supervised.cpu(), (made.labels >= 0).nonzero()[:, 0])
+    layout.destroy()
+
+
+def test_where_videos_are_pruned_it_is_one_video_that_fills_the_pack(data):
+    config, model = tiny_runs.run_config(data, data), tiny_runs.MODEL
+    stream = PackStream(config.data, tokens_per_tile=4, seed=1, global_batch=1)
+    pack = next(stream)[0]
+    stream.close()
+    whole, pruned = images_alone(pack, model), images_alone(pack, model, 0.75)
+    assert len(pruned.tiles) > 3 * len(whole.tiles)
+    # One frame more would not leave a token to predict.
+    assert int(pruned.tile_tokens.sum()) < 128 <= tokens_kept(len(pruned.tiles) + 1, 4, 0.75)
+    layout = Layout.create(ParallelConfig())
+    for made in (images_alone(replace(pack, tile_tokens=torch.ones(2)), model), pruned):
+        PackBatch.from_pack(made, layout).check_tiles(model.tokens.image, 4, model.vision.tile_size)
     layout.destroy()
