@@ -192,12 +192,11 @@ def test_plan_prints_tables_or_one_document(capsys):
     stage = "recipe=nano_12b_v2_vl/stage1_sft_16k"
     code, out, _ = run(capsys, "plan", stage, "cluster=h100_x8")
     assert code == ExitCode.OK
-    for part in ("8 x H100 80 GB (1 node)", "13.18B", "53,644 steps", "GiB of 79.6", "MFU", "warnings", " left"):
+    for part in ("8 x H100 80 GB (1 node)", "13.18B", "53,644 steps", "GiB of 79.6", "MFU", " left"):
         assert part in out, part
-    assert (
-        "set recompute.language=full recompute.vision=full"
-        in run(capsys, "plan", stage, "cluster=h100_x4", "recompute.language=none")[1]
-    )
+    tight = run(capsys, "plan", stage, "cluster=h100_x4", "recompute.language=none")[1]
+    for part in ("warnings", "set recompute.language=full recompute.vision=full"):
+        assert part in tight, part
     one = json.loads(run(capsys, "plan", stage, "--json", "cluster=h100_x8")[1])
     assert one["layout"]["tp"] == 8
     ranked = json.loads(run(capsys, "plan", stage, "cluster=h100_x8", "--json", "--search")[1])
@@ -208,7 +207,7 @@ def test_plan_prints_tables_or_one_document(capsys):
     assert chain["total"]["gpu_hours"] == pytest.approx(sum(s["time"]["gpu_hours"] for s in chain["stages"]), rel=1e-3)
     assert "GPU-hours" in run(capsys, "plan", "recipe=nano_12b_v2_vl/schedule")[1]
     assert "tp2_cp2_32k" in run(capsys, "plan", "--calibration")[1]
-    assert len(json.loads(run(capsys, "plan", "--calibration", "--json")[1])) == 6
+    assert len(json.loads(run(capsys, "plan", "--calibration", "--json")[1])) == 11
     assert "usage: nemovl plan" in run(capsys, "plan", stage, "--serch")[2]
     assert "gpus: 8" in run(capsys, "plan", stage, "cluster=h100_x8", "--cfg", "job", "-p", "cluster")[1]
     assert not os.listdir(".")

@@ -231,7 +231,10 @@ class Optimizers:
         self.collect_weights()
         if self.resting is not None:
             self.resting.rest()  # evaluation gets the room that a step's packs have
-        yield self.model
+        try:
+            yield self.model
+        finally:
+            self._wake()
 
     def close(self) -> None:
         """Nothing to give back: process groups belong to the layout."""

@@ -180,6 +180,7 @@ def test_interrupted_in_the_second_stage_it_ends_the_same(finished, recipe, tmp_
         account(self, *args)
         if self.config.run.stage == "second" and self.state.step == 3:
             if how == "killed":
+                self.control.finish_save()  # of step 2, which is written in the background
                 raise KeyboardInterrupt
             os.kill(os.getpid(), signal.SIGTERM)
 

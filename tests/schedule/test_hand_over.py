@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from small_schedule import compose, write_recipes
 
 from nemovl_train.checkpoint import sealed
@@ -126,8 +125,6 @@ def test_a_stage_that_was_not_handed_on_is_refused_as_a_parent(finished, tmp_pat
 
 def test_a_dry_run_is_no_stage_of_a_schedule(recipe, tmp_path):
     stage = recipe.parent / "second.yaml"
-    written = yaml.safe_load(stage.read_text())
-    written["trainer"]["dry_run"] = True
-    stage.write_text(yaml.safe_dump(written))
+    stage.write_text(stage.read_text().replace("\ntrainer:\n", "\ntrainer:\n  dry_run: true\n"))
     with pytest.raises(ConfigError, match=r"stages\.1 .*dry_run trains nothing"):
         compose(recipe, tmp_path / "runs")

@@ -65,6 +65,8 @@ def test_steps_are_the_same_and_nothing_is_held_in_between(layout, data, distrib
         assert results[0].grad_norm == results[1].grad_norm
         # float32 masters and two moments, but for the weights that are float32 themselves.
         assert bytes_of(resting) == pytest.approx(12 * trained, rel=0.02), number
+    with resting.whole_model():
+        assert bytes_of(resting) == 0, "evaluation has the room that packs have"
     assert all_equal(moments(plain), moments(resting))
     assert all(torch.equal(a, b) for a, b in zip(plain.model.parameters(), resting.model.parameters(), strict=True))
 
