@@ -41,6 +41,7 @@ def test_the_cause_of_one_rank_is_told_by_all(data, tmp_path, run):
     assert "ValueError: injected" in ended.texts[1]
 
 
+@pytest.mark.slow
 def test_a_frozen_rank_is_named_by_the_stacks_of_the_others(data, tmp_path, run):
     """The one that is frozen says nothing; the watchdog of the other says which collective it waits in."""
     config = config_of(data, tmp_path, stall_timeout_s=3.0)

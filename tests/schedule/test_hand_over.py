@@ -59,6 +59,7 @@ def test_a_stage_that_moved_a_frozen_part_is_not_handed_on(recipe, tmp_path, mon
     assert [stage["state"] for stage in ledger(run)] == ["running", "pending"]
 
 
+@pytest.mark.slow
 def test_a_comparison_that_was_cut_off_is_made_up_for(recipe, tmp_path, monkeypatch):
     """Killed between the last checkpoint and the comparison: the stage is not taken for done."""
     config, run = compose(recipe, tmp_path / "runs"), tmp_path / "runs" / "chain"
@@ -76,6 +77,7 @@ def test_a_comparison_that_was_cut_off_is_made_up_for(recipe, tmp_path, monkeypa
     assert len((run / "first" / "metrics.jsonl").read_text().splitlines()) == 4
 
 
+@pytest.mark.slow
 def test_a_parent_that_rotted_is_no_word_against_a_stage(recipe, tmp_path, monkeypatch, caplog):
     """One bit of the parent's file, flipped while its child trains: not compared, and not blamed on the training."""
     account = Trainer._account

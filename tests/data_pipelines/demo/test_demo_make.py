@@ -29,6 +29,7 @@ def hashes(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+@pytest.mark.slow
 def test_another_process_builds_the_same_bytes(demo: Path, tmp_path: Path) -> None:
     # Another hash seed: nothing may depend on the order of a set.
     code = f"from data_pipelines.demo.make import make_demo; make_demo({str(tmp_path / 'b')!r}, scale={SCALE})"

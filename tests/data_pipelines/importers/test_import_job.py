@@ -38,6 +38,7 @@ def source(tmp_path, lines, picture):
     return folder
 
 
+@pytest.mark.slow
 def test_any_number_of_workers_gives_the_same_bytes(tmp_path, source, bring):
     options = {"format": "folder", "max_bad": 0.1, "name": "same", "shard_mib": 0.05}
     bring(source, tmp_path / "one", **options)
