@@ -134,7 +134,7 @@ def export_checkpoint(
         tokenizer: Folder with tokenizer.json; None takes the one that the checkpoint names.
         dtype: `fp32` or `bf16`; None keeps the checkpoint's.
         overwrite: Replace an earlier export of that name.
-        fp8: Write the language model's linear layers in FP8.
+        fp8: Write the language model's linear layers in FP8; if the run trained in FP8, those that it did in FP8.
 
     Raises:
         ConversionError: No complete checkpoint, no tokenizer where one is needed, or `out` exists.
@@ -322,9 +322,13 @@ def describe_checkpoint(folder: Path, *, parent: Path | None = None) -> Checkpoi
         "checkpoint integrity": sealed.seal_of(folder),
         "lineage": lineage_of(folder),
     }
+    if run.data.video_pruning_rate:
+        facts["video pruning rate"] = run.data.video_pruning_rate
     if measured := _measured(home, state.get("step")):
         facts["held-out results"] = measured
     export: dict[str, Any] = {"media": _media_budget(run.data)}
+    if run.precision.fp8 != "none":
+        export["bf16_layers"] = run.precision.bf16_layers
     behind = import_behind(folder, parent=parent)
     imported = None if behind is None else _imported(behind.state, behind.home)
     if imported is not None and imported.config.parts == run.model.parts:
@@ -391,29 +395,32 @@ def _media_budget(data: DataConfig) -> MediaBudget:
         use_thumbnail=data.use_thumbnail,
         video_fps=data.video_fps,
         video_max_frames=data.max_frames,
+        video_pruning_rate=data.video_pruning_rate,
     )
 
 
 def _imported(state: Mapping[str, Any], home: Path) -> CheckpointInfo:
     problems: list[str] = []
-    config = build(ModelConfig, state["model"], problems)
-    report(problems, f"{home} holds a model of another version")
+    # A merged checkpoint carries what its base's import had, which described that import.
+    then = state.get("carried", state)
+    config, imported = (build(ModelConfig, of["model"], problems) for of in (state, then))
+    report(list(dict.fromkeys(problems)), f"{home} holds a model of another version")
     export: dict[str, Any] = {}
     if "constants" in state:
         export["constants"] = {
             name: torch.tensor(values, dtype=getattr(torch, dtype)).view(shape)
             for name, (dtype, shape, values) in state["constants"].items()
         }
+    if "bf16_layers" in state:
+        export["bf16_layers"] = state["bf16_layers"]
     if "state_dtype" in state:
         export["state_dtype"] = getattr(torch, state["state_dtype"])
     media = MediaBudget(**state["media"]) if "media" in state else RELEASED_MEDIA
     export["media"] = media
     if (home / CARRIED).is_dir():
-        # A merged checkpoint carries what its base's import had, which described that import.
-        then = state.get("carried", state)
         export["carried"] = Carried(
             folder=home / CARRIED,
-            config=build(ModelConfig, then["model"], problems),
+            config=imported,
             media=MediaBudget(**then["media"]) if "media" in then else RELEASED_MEDIA,
             dtype=then["dtype"],
         )
