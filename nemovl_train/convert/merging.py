@@ -23,15 +23,8 @@ from nemovl_train.checkpoint.base import adapter_run, base_of
 from nemovl_train.checkpoint.streamed import StoredTensors
 from nemovl_train.config.adapters import adapted_linears
 from nemovl_train.config.schema import ModelConfig, RunConfig
-from nemovl_train.convert.checkpoints import (
-    CheckpointInfo,
-    Import,
-    describe_checkpoint,
-    find_checkpoint,
-    import_behind,
-    load_tensors,
-    single_process_model,
-)
+from nemovl_train.convert.checkpoints import find_checkpoint, load_tensors, single_process_model
+from nemovl_train.convert.described import CheckpointInfo, Import, describe_checkpoint, import_behind
 from nemovl_train.convert.lazy import Spec, Tensors
 from nemovl_train.convert.mapping import report
 from nemovl_train.convert.ours_check import compute

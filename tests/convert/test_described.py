@@ -9,7 +9,8 @@ import tiny_runs
 from nemovl_train.config.dump import dump_yaml
 from nemovl_train.config.schema import ModelConfig
 from nemovl_train.convert.carried import FOLDER as CARRIED
-from nemovl_train.convert.checkpoints import describe_checkpoint, export_checkpoint, import_checkpoint
+from nemovl_train.convert.checkpoints import export_checkpoint, import_checkpoint
+from nemovl_train.convert.described import describe_checkpoint
 from nemovl_train.convert.hf_config import PREPROCESSOR, read_media_budget
 from nemovl_train.convert.hf_export import export_canonical
 from nemovl_train.convert.hf_layout import MediaBudget

@@ -217,17 +217,20 @@ def test_verification_compares_what_fp8_stands_for(kind, fp8, folders, tmp_path)
 
 
 @pytest.mark.slow
-def test_transformers_opens_it_with_compressed_tensors(fp8):
+@pytest.mark.parametrize("ends", [0, 1])
+def test_transformers_opens_it_with_compressed_tensors(ends, tokenizer_dir, tmp_path):
     pytest.importorskip("compressed_tensors", reason="Transformers reads FP8 folders with this package")
     from transformers import NemotronHForCausalLM
 
     from nemovl_train.convert.probe import make_probe
     from nemovl_train.convert.reload_check import release_time_step
 
-    folder = HFFolder(fp8["language"])
+    options = {"kind": "language", "tokenizer": tokenizer_dir, "card": {}, "fp8": True, "bf16_layers": ends}
+    path = export_canonical(random_tensors(kind="language"), CONFIG, tmp_path / "x", **options)
+    folder = HFFolder(path)
     state = {name: folder.files.read(name) for name in folder.files.specs}
-    model = NemotronHForCausalLM.from_pretrained(fp8["language"], dtype=torch.float32).eval()
-    plain = NemotronHForCausalLM.from_pretrained(None, config=_plain(fp8["language"]), state_dict=state).eval()
+    model = NemotronHForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    plain = NemotronHForCausalLM.from_pretrained(None, config=_plain(path), state_dict=state).eval()
     modules = dict(model.named_modules())
     for name in folder.files.fp8:
         module = modules[name.removesuffix(".weight").replace("backbone.", "model.", 1)]
