@@ -71,8 +71,8 @@ FP8 = (
     "Each FP8 weight has one scale a row, `weight_scale`; activations are to be quantised token by token. "
     "`quantization_config` says so in the words of the compressed-tensors package, which vLLM and SGLang have built in "
     "and Transformers needs installed. nemovl reads such weights as their products with the scales. Embedding, head, "
-    "norms, convolutions, Mamba's A_log, D and dt_bias, tower and projector are not in FP8. What FP8 does to the quality "
-    "of answers was not measured."
+    "norms, convolutions, Mamba's A_log, D and dt_bias, tower and projector are not in FP8. What FP8 does to answers "
+    "was not measured."
 )
 
 
