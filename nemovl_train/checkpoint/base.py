@@ -7,7 +7,7 @@ from typing import Any
 
 from nemovl_train.checkpoint import sealed
 from nemovl_train.checkpoint.storage import INDEX
-from nemovl_train.config.dump import load_yaml
+from nemovl_train.config.dump import load_yaml, to_plain
 from nemovl_train.config.schema import RunConfig
 from nemovl_train.exceptions import CheckpointError
 from nemovl_train.parallel.agree import on_first_rank
@@ -26,7 +26,7 @@ def adapter_run(folder: Path) -> RunConfig | None:
     """Config of the run that made a checkpoint of adapters; None for a checkpoint of a whole model.
 
     Raises:
-        CheckpointError: It holds adapters and is not in its stage's folder.
+        CheckpointError: It holds adapters and is not in its stage's folder, or the config there names other ones.
     """
     if not holds_adapters(folder):
         return None
@@ -36,7 +36,24 @@ def adapter_run(folder: Path) -> RunConfig | None:
             f"{folder} holds adapters alone and was moved out of its stage: {written}, which says of which layers, is "
             "missing; bring it back, or copy the whole stage folder"
         )
-    return load_yaml(RunConfig, written)
+    run = load_yaml(RunConfig, written)
+    _refuse_other_adapters(folder, run, written)
+    return run
+
+
+def _refuse_other_adapters(folder: Path, run: RunConfig, written: Path) -> None:
+    """The config may have been rewritten since: a start with other options that ended before it saved."""
+    saved = _state(folder).get("adapter")
+    now = to_plain(run)["adapter"]
+    if saved is None or saved == now:  # None in states that are older than this field
+        return
+    keys = [key for key in now if saved.get(key) != now[key]]
+    then = ", ".join(f"adapter.{key}={json.dumps(saved.get(key))}" for key in keys)
+    says = ", ".join(f"adapter.{key}={json.dumps(now[key])}" for key in keys)
+    raise CheckpointError(
+        f"{folder} was saved with {then}; {written} says {says} since: write the former back there, or name a "
+        "checkpoint that was saved after the change"
+    )
 
 
 def refuse_adapters(folder: Path) -> None:
@@ -61,10 +78,16 @@ def base_of(folder: Path, base: Path | None = None) -> Path:
         base: Where the base is now; None where it was when training started, or beside the adapters' stage as then.
 
     Raises:
-        CheckpointError: It is not there, or is another one.
+        CheckpointError: It is not there, is another one, or the adapters do not say which one it was.
     """
     found = base if base is not None else parent_of(folder)
     state = _state(folder)
+    missing = [key for key in ("parent", "parent_seal") if not state.get(key)]
+    if missing:
+        raise CheckpointError(
+            f"{folder / 'state.json'} has no {' and no '.join(missing)}, so no checkpoint can be told to be the one "
+            "that these adapters were trained on; bring the folder back as training wrote it, or train them again"
+        )
     looked_at = Path(state["parent"]) if found is None else found
     seal = sealed.seal_of(looked_at)
     if seal is None:

@@ -121,6 +121,7 @@ def export_merged(
             tokenizer=tokenizer,
             card=merged.info.facts,
             identity=merged.identity,
+            found=merged.found,
             dtype=None if dtype is None else DTYPES[dtype],
             **merged.info.export,
             **options,
@@ -144,7 +145,8 @@ def export_adapters(source: Path, out: Path) -> dict[str, Any]:
         ConversionError: `out` exists, or the language model has no adapters.
     """
     refuse_existing(out)
-    folder, run = adapters_of(source)
+    with _checkpoint_errors():
+        folder, run = adapters_of(source)
     if not run.adapter.targets.language:
         raise ConversionError(f"{source}: the language model has no adapters; merge the others with --merge")
     with _checkpoint_errors(), adapted_model(folder, run, DTYPES[run.precision.params], None) as model:

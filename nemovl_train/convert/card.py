@@ -71,7 +71,8 @@ FP8 = (
     "Each FP8 weight has one scale a row, `weight_scale`; activations are to be quantised token by token. "
     "`quantization_config` says so in the words of the compressed-tensors package, which vLLM and SGLang have built in "
     "and Transformers needs installed. nemovl reads such weights as their products with the scales. Embedding, head, "
-    "norms, convolutions, Mamba's A_log, D and dt_bias, tower and projector are not in FP8."
+    "norms, convolutions, Mamba's A_log, D and dt_bias, tower and projector are not in FP8. What FP8 does to answers "
+    "was not measured."
 )
 
 
@@ -84,7 +85,7 @@ def model_card(
     dtype: str,
     files: Mapping[str, str],
     card: Mapping[str, Any],
-    fp8: bool = False,
+    plain_ends: int | None = None,
 ) -> str:
     """Markdown text of the card.
 
@@ -96,9 +97,13 @@ def model_card(
         dtype: Number format of the weights.
         files: File name -> SHA-256.
         card: What the caller knows: `recipe`, `parent`, `data`, `license`, measured results; any JSON values.
-        fp8: Whether the language model's linear layers are in FP8.
+        plain_ends: With the language model's linear layers in FP8, layers at each end that are not; else None.
     """
-    number_format = f"{dtype}; linear layers of the language model FP8 (E4M3)" if fp8 else dtype
+    number_format = dtype
+    if plain_ends is not None:
+        number_format += "; linear layers of the language model FP8 (E4M3)"
+    if plain_ends:
+        number_format += f" but for {plain_ends} at each end of the pattern, as in training"
     facts = {"kind": kind, "parameters": f"{parameters:,}", "tensors": tensors, "number format": number_format}
     if kind != "vision":
         facts["language layers"] = f"{config.language.num_layers} (`{config.language.hybrid_pattern}`)"
@@ -114,7 +119,7 @@ def model_card(
         "\n".join(f"- **{k}**: {_value(v)}" for k, v in card.items()) or "No record was given to the export.",
         "## What opens this folder",
         _opens(config, kind, files),
-        *([FP8] if fp8 else []),
+        *([] if plain_ends is None else [FP8]),
         "## Files",
         "\n".join(["| file | SHA-256 |", "|---|---|", *(f"| `{k}` | `{v}` |" for k, v in files.items())]),
         "`nemovl convert verify FOLDER` checks names, shapes, hashes, the round trip and the logits.",

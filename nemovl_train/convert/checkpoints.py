@@ -3,33 +3,29 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from data_pipelines.config import DataConfig
 from nemovl_train.checkpoint import sealed
-from nemovl_train.checkpoint.base import parent_of, refuse_adapters
-from nemovl_train.checkpoint.lineage import lineage_of
+from nemovl_train.checkpoint.base import refuse_adapters
 from nemovl_train.checkpoint.sealed import Verified
 from nemovl_train.checkpoint.streamed import StoredTensors, save_streamed
-from nemovl_train.config.build import build
-from nemovl_train.config.dump import load_yaml
-from nemovl_train.config.schema import ModelConfig, ParallelConfig, RunConfig
+from nemovl_train.config.schema import ModelConfig, ParallelConfig
 from nemovl_train.convert.carried import FOLDER as CARRIED
-from nemovl_train.convert.carried import Carried, carry
+from nemovl_train.convert.carried import carry
+from nemovl_train.convert.described import TOKENIZER, CheckpointInfo, describe_checkpoint
 from nemovl_train.convert.disk import explain_writes
 from nemovl_train.convert.hf_config import CHAT_TEMPLATE, PREPROCESSOR, TOKENIZER_FILES, read_media_budget
 from nemovl_train.convert.hf_export import export_canonical
 from nemovl_train.convert.hf_import import HFFolder
-from nemovl_train.convert.hf_layout import RELEASED_MEDIA, MediaBudget
+from nemovl_train.convert.hf_layout import RELEASED_MEDIA
 from nemovl_train.convert.lazy import Spec, Tensors
 from nemovl_train.convert.mapping import dtype_name, report
 from nemovl_train.convert.names import Entry, Precision, kind_of, table
@@ -39,26 +35,7 @@ from nemovl_train.model.backend import DTYPES
 from nemovl_train.model.vlm import ATTRIBUTES, NemotronVL, build_model
 from nemovl_train.parallel.layout import Layout
 
-log = logging.getLogger(__name__)
-
-CHECKPOINTS, TOKENIZER = "checkpoints", "tokenizer"
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointInfo:
-    """What a checkpoint says about itself, without its tensors.
-
-    Attributes:
-        config: Sizes of the model.
-        facts: For the model card.
-        tokenizer: Folder of the tokenizer that belongs to the weights.
-        export: Further arguments of `export_canonical` (tiling, and what an imported folder had).
-    """
-
-    config: ModelConfig
-    facts: dict[str, Any]
-    tokenizer: Path | None = None
-    export: dict[str, Any] = field(default_factory=dict)
+CHECKPOINTS = "checkpoints"
 
 
 def import_checkpoint(hf_dir: Path, out: Path, *, source: str | None = None) -> Path:
@@ -134,7 +111,7 @@ def export_checkpoint(
         tokenizer: Folder with tokenizer.json; None takes the one that the checkpoint names.
         dtype: `fp32` or `bf16`; None keeps the checkpoint's.
         overwrite: Replace an earlier export of that name.
-        fp8: Write the language model's linear layers in FP8.
+        fp8: Write the language model's linear layers in FP8; if the run trained in FP8, those that it did in FP8.
 
     Raises:
         ConversionError: No complete checkpoint, no tokenizer where one is needed, or `out` exists.
@@ -290,139 +267,6 @@ def _find(path: Path) -> Verified:
         if found is not None:
             return Verified(found, sealed.read_seal(found))
     raise ConversionError(f"{path}: no complete checkpoint here; name a checkpoint, a stage folder or a run folder")
-
-
-def describe_checkpoint(folder: Path, *, parent: Path | None = None) -> CheckpointInfo:
-    """Sizes, format and origin of a checkpoint: from itself if it was imported, else from its stage's config.
-
-    Args:
-        folder: The checkpoint.
-        parent: Where the checkpoint is now that its run started from; None looks for it.
-
-    Raises:
-        ConversionError: The stage's config is missing.
-    """
-    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    home = folder.parent.parent
-    if "model" in state:
-        return _imported(state, home)
-    written = home / "config.yaml"
-    if not written.is_file():
-        raise ConversionError(
-            f"{folder} was moved out of its stage: {written}, which has the model's sizes, is missing"
-        )
-    run = load_yaml(RunConfig, written)
-    facts = {
-        "recipe": f"{run.run.name}/{run.run.stage}, {folder.name}",
-        # Stage, checkpoints folder and step; the rest of the path says nothing on another machine.
-        "parent": "/".join(Path(state.get("parent") or "initial weights").parts[-3:]),
-        "data": {name: source.weight for name, source in run.data.sources.items()},
-        "trained parts": list(run.trainer.train),
-        "seed": run.trainer.seed,
-        "checkpoint integrity": sealed.seal_of(folder),
-        "lineage": lineage_of(folder),
-    }
-    if measured := _measured(home, state.get("step")):
-        facts["held-out results"] = measured
-    export: dict[str, Any] = {"media": _media_budget(run.data)}
-    behind = import_behind(folder, parent=parent)
-    imported = None if behind is None else _imported(behind.state, behind.home)
-    if imported is not None and imported.config.parts == run.model.parts:
-        export |= {k: imported.export[k] for k in ("carried", "constants", "state_dtype") if k in imported.export}
-        facts["imported from"] = imported.facts["parent"]
-    return CheckpointInfo(
-        config=run.model,
-        facts=facts,
-        tokenizer=Path(run.data.tokenizer) if run.data.tokenizer else None,
-        export=export,
-    )
-
-
-def _measured(stage: Path, step: int | None) -> dict[str, Any]:
-    """Loss and exact match of every held-out set, where the stage's evaluation is of this step; else empty."""
-    path = stage / "evaluation.json"
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if not found or found.get("step") != step:
-        return {}
-    return {
-        name: {key: round(scores[key], 4) for key in ("loss", "exact_match") if scores.get(key) is not None}
-        for name, scores in found["sources"].items()
-    }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Import:
-    """An imported checkpoint.
-
-    Attributes:
-        state: Contents of its `state.json`.
-        home: Folder with its tokenizer and what else came with it.
-    """
-
-    state: dict[str, Any]
-    home: Path
-
-
-def import_behind(folder: Path, *, parent: Path | None = None) -> Import | None:
-    """The import at the root of a checkpoint's parents, itself included, where it is still on this machine.
-
-    Args:
-        folder: A checkpoint.
-        parent: Where its own parent is now; None looks for it.
-    """
-    while True:
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        if "model" in state:
-            return Import(state=state, home=folder.parent.parent)
-        if state.get("parent") is None:
-            return None
-        found = parent or parent_of(folder)
-        if found is None:
-            log.warning(
-                "the parent checkpoint %s is not here: what an imported folder carried is left out", state["parent"]
-            )
-            return None
-        folder, parent = found, None
-
-
-def _media_budget(data: DataConfig) -> MediaBudget:
-    return MediaBudget(
-        max_num_tiles=data.max_tiles,
-        use_thumbnail=data.use_thumbnail,
-        video_fps=data.video_fps,
-        video_max_frames=data.max_frames,
-    )
-
-
-def _imported(state: Mapping[str, Any], home: Path) -> CheckpointInfo:
-    problems: list[str] = []
-    config = build(ModelConfig, state["model"], problems)
-    report(problems, f"{home} holds a model of another version")
-    export: dict[str, Any] = {}
-    if "constants" in state:
-        export["constants"] = {
-            name: torch.tensor(values, dtype=getattr(torch, dtype)).view(shape)
-            for name, (dtype, shape, values) in state["constants"].items()
-        }
-    if "state_dtype" in state:
-        export["state_dtype"] = getattr(torch, state["state_dtype"])
-    media = MediaBudget(**state["media"]) if "media" in state else RELEASED_MEDIA
-    export["media"] = media
-    if (home / CARRIED).is_dir():
-        # A merged checkpoint carries what its base's import had, which described that import.
-        then = state.get("carried", state)
-        export["carried"] = Carried(
-            folder=home / CARRIED,
-            config=build(ModelConfig, then["model"], problems),
-            media=MediaBudget(**then["media"]) if "media" in then else RELEASED_MEDIA,
-            dtype=then["dtype"],
-        )
-    return CheckpointInfo(
-        config=config,
-        facts={"parent": state["source"], **state.get("facts", {})},
-        tokenizer=home / TOKENIZER if (home / TOKENIZER).is_dir() else None,
-        export=export,
-    )
 
 
 @contextmanager

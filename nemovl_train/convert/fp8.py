@@ -6,7 +6,8 @@ reader multiplies by the same number. Activations are quantised by whoever serve
 to be calibrated. `quantization_config` says all of it in the words of the compressed-tensors library, which vLLM,
 SGLang and Transformers read.
 
-Embedding, head, norms, convolutions, A_log, D and dt_bias, tower and projector stay as they are.
+Embedding, head, norms, convolutions, A_log, D and dt_bias, tower and projector stay as they are, and so do the layers
+at both ends that a run in FP8 kept in bfloat16.
 
 Folders of other authors may have one scale for a whole weight, and scales of activations (NVIDIA ModelOpt): those are
 read too.
@@ -14,13 +15,14 @@ read too.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nemovl_train.config.adapters import linears
+from nemovl_train.config.precision import inner_layers
 from nemovl_train.config.schema import ModelConfig
 from nemovl_train.convert.lazy import Spec, Tensors
 from nemovl_train.convert.names import table
@@ -29,8 +31,7 @@ from nemovl_train.exceptions import ConversionError
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0
 CONFIG_KEY = "quantization_config"
-ACTIVATION_SCALE = ".input_scale"
-_WEIGHT, _SCALE = ".weight", ".weight_scale"
+_WEIGHT, _SCALE, _ACTIVATION_SCALE = ".weight", ".weight_scale", ".input_scale"
 # Names as engines have them, whatever prefix they put in front. A Mamba layer's convolution is a linear layer in vLLM.
 _IGNORED = ("re:.*lm_head$", "re:.*conv1d$", "re:.*vision_model[.].*", "re:.*mlp1[.].*", "re:.*multi_modal_projector.*")
 
@@ -40,20 +41,39 @@ def scale_name(weight: str) -> str:
     return weight.removesuffix(_WEIGHT) + _SCALE
 
 
+def activation_scale_name(weight: str) -> str:
+    """Name of the scale of a layer's inputs, which folders of other authors may have."""
+    return weight.removesuffix(_WEIGHT) + _ACTIVATION_SCALE
+
+
 def is_scale(name: str) -> bool:
     """Whether a folder's tensor is a scale, of a weight or of activations, and no parameter."""
-    return name.endswith((_SCALE, ACTIVATION_SCALE))
+    return name.endswith((_SCALE, _ACTIVATION_SCALE))
 
 
-def linear_weights(config: ModelConfig, kind: str) -> list[str]:
+def linear_weights(config: ModelConfig, kind: str, *, ends: int = 0) -> list[str]:
     """Names in a folder of the weights of the language model's linear layers.
 
+    Args:
+        config: Sizes of the model.
+        kind: `vlm` or `language`.
+        ends: Layers of the pattern at each end that are left out.
+
     Raises:
-        ConversionError: There is no language model.
+        ConversionError: There is no language model, or all of its layers are left out.
     """
     if kind == "vision":
         raise ConversionError("FP8 is for the linear layers of a language model, and a tower has none; leave out --fp8")
-    ours = {f"language_model.{linear.name}{_WEIGHT}" for linear in linears(config) if linear.part == "language"}
+    places = inner_layers(config.language.num_layers, ends)
+    ours = {
+        f"language_model.{linear.name}{_WEIGHT}"
+        for linear in linears(config)
+        if linear.part == "language" and int(linear.name.split(".")[2]) in places
+    }
+    if not ours:
+        raise ConversionError(
+            f"the run kept all language layers in bf16 (precision.bf16_layers={ends}); leave out --fp8"
+        )
     return [name for entry in table(config, kind) if entry.ours in ours for name in entry.hf]
 
 
@@ -129,8 +149,14 @@ def widest_format(specs: Mapping[str, Spec]) -> torch.dtype:
     return max(bytes_of, key=lambda dtype: bytes_of[dtype])
 
 
-def quantization_config() -> dict[str, Any]:
-    """`quantization_config` of a folder's config: the scheme that compressed-tensors calls FP8_DYNAMIC."""
+def quantization_config(plain: Iterable[str] = ()) -> dict[str, Any]:
+    """`quantization_config` of a folder's config: the scheme that compressed-tensors calls FP8_DYNAMIC.
+
+    Args:
+        plain: Weights of language layers that are not in FP8, by name.
+    """
+    # From `layers.` on: engines have names of their own for what holds the layers.
+    layers = (name[name.index("layers.") :].removesuffix(_WEIGHT).replace(".", "[.]") for name in plain)
     eight_bits = {"num_bits": 8, "type": "float", "symmetric": True}
     return {
         "quant_method": "compressed-tensors",
@@ -143,5 +169,5 @@ def quantization_config() -> dict[str, Any]:
                 "input_activations": {**eight_bits, "strategy": "token", "dynamic": True},
             }
         },
-        "ignore": list(_IGNORED),
+        "ignore": [*_IGNORED, *(f"re:.*{layer}$" for layer in layers)],
     }

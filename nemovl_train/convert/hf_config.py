@@ -16,7 +16,7 @@ from nemovl_train.config.schema import LanguageConfig, ModelConfig, ProjectorCon
 from nemovl_train.convert import hf_layout
 from nemovl_train.convert import llama as llama_layout
 from nemovl_train.convert.carried import Carried
-from nemovl_train.convert.fp8 import CONFIG_KEY, quantization_config
+from nemovl_train.convert.fp8 import CONFIG_KEY
 from nemovl_train.convert.mapping import report
 from nemovl_train.convert.names import constant_names, is_llama, language_prefix, vision_prefix
 from nemovl_train.convert.tensor_files import TensorFolder, read_json
@@ -243,18 +243,22 @@ def _statistics(
 
 
 def read_media_budget(hf_dir: Path) -> hf_layout.MediaBudget:
-    """How the folder's preprocessor makes tiles; what its config leaves out takes the released model's values.
+    """How the folder makes tiles and prunes videos; what its documents leave out takes the released model's values.
 
     Raises:
-        ConversionError: There is no preprocessor config, or a value that means nothing.
+        ConversionError: There is no preprocessor config or config, or a value that means nothing.
     """
     path = hf_dir / PREPROCESSOR
     document = read_json(path)
     budget = hf_layout.RELEASED_MEDIA
-    found = {name: document[name] for name in vars(budget) if document.get(name) is not None}
+    names = [name for name in vars(budget) if name != hf_layout.PRUNING]
+    found = {name: document[name] for name in names if document.get(name) is not None}
     problems = [f"{k} is {v!r}" for k, v in found.items() if not _is_like(v, getattr(budget, k))]
     report(problems, f"{path} does not say how images and videos become tiles")
-    return replace(budget, **found)
+    rate = read_json(hf_dir / "config.json").get(hf_layout.PRUNING) or 0.0
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1:
+        raise ConversionError(f"{hf_dir / 'config.json'}: {hf_layout.PRUNING} is {rate!r}; at least 0 and below 1")
+    return replace(budget, **found, video_pruning_rate=float(rate))
 
 
 def _is_like(value: Any, default: float | bool) -> bool:
@@ -272,7 +276,7 @@ def write_config(
     tokenizer: Path | None = None,
     media: hf_layout.MediaBudget = hf_layout.RELEASED_MEDIA,
     carried: Carried | None = None,
-    fp8: bool = False,
+    quantization: Mapping[str, Any] | None = None,
 ) -> list[Path]:
     """Write every file of a folder that is not weights: configs, chat template, tokenizer, carried Python files.
 
@@ -284,14 +288,14 @@ def write_config(
         tokenizer: Folder with `tokenizer.json`; a `chat_template.jinja` there replaces ours.
         media: How images and videos become tiles.
         carried: What the folder that the model was imported from had.
-        fp8: Whether the language model's linear layers are in FP8.
+        quantization: `quantization_config` of a folder with FP8 weights.
 
     Returns:
         The files written.
     """
     documents = _documents(config, kind, dtype, media)
-    for name in [n for n in documents if fp8 and Path(n).name == "config.json"]:
-        documents[name][CONFIG_KEY] = quantization_config()
+    for name in [n for n in documents if quantization and Path(n).name == "config.json"]:
+        documents[name][CONFIG_KEY] = quantization
     if carried is not None:
         before = _documents(carried.config, kind, carried.dtype, carried.media)
         documents = {name: carried.document(name, before[name], now) for name, now in documents.items()}
@@ -317,7 +321,7 @@ def _documents(config: ModelConfig, kind: str, dtype: str, media: hf_layout.Medi
             "processor_config.json": hf_layout.processor_config(),
         }
         if not is_llama(config.language):
-            documents[f"{OMNI_FOLDER}/config.json"] = hf_layout.omni_config(config, dtype=dtype)
+            documents[f"{OMNI_FOLDER}/config.json"] = hf_layout.omni_config(config, dtype=dtype, media=media)
     elif kind == "language":
         documents = {"config.json": hf_layout.language_config(config, dtype=dtype)}
     else:

@@ -24,7 +24,7 @@ from nemovl_train.config.schema import ModelConfig
 from nemovl_train.convert.card import model_card
 from nemovl_train.convert.carried import Carried
 from nemovl_train.convert.disk import explain_writes
-from nemovl_train.convert.fp8 import is_scale, linear_weights, quantized
+from nemovl_train.convert.fp8 import is_scale, linear_weights, quantization_config, quantized
 from nemovl_train.convert.hf_config import write_config
 from nemovl_train.convert.hf_layout import RELEASED_MEDIA, MediaBudget
 from nemovl_train.convert.lazy import Tensors
@@ -49,6 +49,7 @@ def export_canonical(
     tokenizer: Path | None,
     card: Mapping[str, Any],
     identity: str | None = None,
+    found: dict[str, Any] | None = None,
     dtype: torch.dtype | None = None,
     state_dtype: torch.dtype = torch.float32,
     constants: Mapping[str, Tensor] | None = None,
@@ -57,6 +58,7 @@ def export_canonical(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
     fp8: bool = False,
+    bf16_layers: int = 0,
 ) -> Path:
     """Write canonical tensors as a folder in the released layout.
 
@@ -70,6 +72,8 @@ def export_canonical(
         tokenizer: Folder whose tokenizer files (and own chat template) are copied; None for a tower.
         card: Facts for the model card: recipe, parent, data, results.
         identity: Hash of where the values come from. With it an export that was cut off is continued.
+        found: JSON facts that reading the tensors updates (the largest of some differences). They are kept beside the
+            shards and put back when the export is continued, since tensors of kept shards are not read again.
         dtype: Format of the weights; None keeps that of the tensors.
         state_dtype: Format of A_log and D.
         constants: Tower constants of an imported folder (`mapping.constants_of`); None writes our own.
@@ -78,6 +82,7 @@ def export_canonical(
         max_shard_bytes: Largest shard.
         overwrite: Replace `out_dir` if an export made it.
         fp8: Write the language model's linear layers in FP8 (`fp8.py`).
+        bf16_layers: With `fp8`, layers at each end of the language model that are not.
 
     Returns:
         `out_dir`.
@@ -92,10 +97,14 @@ def export_canonical(
         canonical = Tensors.of(tensors)
         written = dtype or common_dtype(canonical.specs, table(config, kind))
         theirs = folder_tensors(canonical, config, kind, constants=constants, dtype=dtype, state_dtype=state_dtype)
+        quantization = None
         if fp8:
-            theirs = quantized(theirs, set(linear_weights(config, kind)), written)
-        export = _Export(config=config, kind=kind, dtype=written, tensors=theirs, fp8=fp8)
-        with _WorkFolder(out_dir, identity, export, max_shard_bytes) as work:
+            chosen = set(linear_weights(config, kind, ends=bf16_layers))
+            theirs = quantized(theirs, chosen, written)
+            quantization = quantization_config(n for n in linear_weights(config, kind) if n not in chosen)
+        ends = bf16_layers if fp8 else None
+        export = _Export(config=config, kind=kind, dtype=written, tensors=theirs, plain_ends=ends)
+        with _WorkFolder(out_dir, identity, export, max_shard_bytes, {} if found is None else found) as work:
             _finish_overwrite(out_dir)
             _refuse_existing(out_dir, overwrite)
             work.write_weights()
@@ -107,7 +116,7 @@ def export_canonical(
                 tokenizer=tokenizer,
                 media=media,
                 carried=carried,
-                fp8=fp8,
+                quantization=quantization,
             )
             _write_card_and_manifest(work, export, card)
             _publish(work.path, out_dir)
@@ -116,13 +125,16 @@ def export_canonical(
 
 @dataclass(frozen=True, kw_only=True)
 class _Export:
-    """What is to be written: Hugging Face tensors, read when their turn comes."""
+    """What is to be written: Hugging Face tensors, read when their turn comes.
+
+    With FP8, so many layers at each end are not in it; else None.
+    """
 
     config: ModelConfig
     kind: str
     dtype: torch.dtype
     tensors: Tensors
-    fp8: bool
+    plain_ends: int | None
 
 
 class _WorkFolder:
@@ -132,12 +144,20 @@ class _WorkFolder:
     complete shards for the next export with the same identity and plan.
     """
 
-    def __init__(self, out_dir: Path, identity: str | None, export: _Export, max_shard_bytes: int) -> None:
+    def __init__(
+        self,
+        out_dir: Path,
+        identity: str | None,
+        export: _Export,
+        max_shard_bytes: int,
+        found: dict[str, Any],
+    ) -> None:
         self.out_dir = out_dir
         self.path = out_dir.parent / f".{out_dir.name}.partial"
         self.tensors = export.tensors
         self.plan = plan_shards(export.tensors.specs, max_shard_bytes=max_shard_bytes)
         self.done: dict[str, Shard] = {}
+        self._found = found
         self._lock: int | None = None
         layout = {
             file: [[n, CODE_OF[self.tensors.specs[n].dtype], list(self.tensors.specs[n].shape)] for n in names]
@@ -167,10 +187,12 @@ class _WorkFolder:
         try:
             found = json.loads((self.path / PROGRESS).read_text(encoding="utf-8"))
             shards = {file: Shard(**entry) for file, entry in found["shards"].items()}
-            same = self._key is not None and found["key"] == self._key
+            same, known = self._key is not None and found["key"] == self._key, dict(found["found"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return {}
         kept = {f: s for f, s in shards.items() if same and f in self.plan and (self.path / f).is_file()}
+        if same:
+            self._found.update(known)
         return {file: shard for file, shard in kept.items() if sha256(self.path / file) == shard.sha256}
 
     def write_weights(self) -> None:
@@ -178,7 +200,8 @@ class _WorkFolder:
         for file, names in self.plan.items():
             if file not in self.done:
                 self.done[file] = write_shard(self.path / file, names, self.tensors)
-                progress = {"key": self._key, "shards": {f: asdict(s) for f, s in self.done.items()}}
+                shards = {f: asdict(s) for f, s in self.done.items()}
+                progress = {"key": self._key, "shards": shards, "found": self._found}
                 write_whole(self.path / PROGRESS, json.dumps(progress))
         (self.path / PROGRESS).unlink()
         write_index(self.path, self.plan, self.tensors.specs)
@@ -246,7 +269,7 @@ def _write_card_and_manifest(work: _WorkFolder, export: _Export, card: Mapping[s
         dtype=dtype_name(export.dtype),
         files=files,
         card=card,
-        fp8=export.fp8,
+        plain_ends=export.plain_ends,
     )
     (work.path / "README.md").write_text(text, encoding="utf-8")
     files["README.md"] = sha256(work.path / "README.md")

@@ -33,7 +33,7 @@ OMNI_VIDEO_FRAMES = 2
 
 @dataclass(frozen=True, kw_only=True)
 class MediaBudget:
-    """How images and videos become tiles, as `preprocessor_config.json` says it.
+    """How images and videos become tiles and tokens, as `preprocessor_config.json` and `config.json` say it.
 
     The released folder has only the image fields; the others take the values of arXiv 2511.03929, section 3.6.
 
@@ -42,15 +42,19 @@ class MediaBudget:
         use_thumbnail: A whole-image tile follows a grid of more than one tile.
         video_fps: Frames sampled per second of video.
         video_max_frames: Most frames of one video.
+        video_pruning_rate: Share of each video's visual tokens that is dropped; a field of `config.json`.
     """
 
     max_num_tiles: int = 12
     use_thumbnail: bool = True
     video_fps: float = 2.0
     video_max_frames: int = 128
+    video_pruning_rate: float = 0.0
 
 
 RELEASED_MEDIA = MediaBudget()
+PRUNING = "video_pruning_rate"
+"""The one field of a media budget that is in `config.json`."""
 
 
 def vlm_config(config: ModelConfig, *, dtype: str, media: MediaBudget) -> dict[str, Any]:
@@ -88,7 +92,7 @@ def vlm_config(config: ModelConfig, *, dtype: str, media: MediaBudget) -> dict[s
         "img_end_token_id": tokens.image_end,
         "video_context_token": "<video>",
         "video_context_token_id": tokens.video,
-        "video_pruning_rate": 0.0,
+        "video_pruning_rate": media.video_pruning_rate,
         "max_sequence_length": config.language.max_position,
         "attn_implementation": "flash_attention_2",
     }
@@ -245,7 +249,7 @@ def native_vision_config(vision: VisionConfig, *, dtype: str) -> dict[str, Any]:
     }
 
 
-def omni_config(config: ModelConfig, *, dtype: str) -> dict[str, Any]:
+def omni_config(config: ModelConfig, *, dtype: str, media: MediaBudget = RELEASED_MEDIA) -> dict[str, Any]:
     """Config with which Transformers' native Omni class opens the same weights (it has no class for V2 itself)."""
     vision = native_vision_config(config.vision, dtype=dtype) | {"video_temporal_patch_size": OMNI_VIDEO_FRAMES}
     return {
@@ -259,7 +263,7 @@ def omni_config(config: ModelConfig, *, dtype: str) -> dict[str, Any]:
         "downsample_ratio": PIXEL_SHUFFLE,
         "projector_hidden_size": config.projector.ffn_hidden_size,
         "vision_hidden_size": config.vision.hidden_size,
-        "video_pruning_rate": 0.0,
+        "video_pruning_rate": media.video_pruning_rate,
         "video_temporal_patch_size": OMNI_VIDEO_FRAMES,
         "image_token_id": config.tokens.image,
         "video_token_id": config.tokens.video,
@@ -268,12 +272,13 @@ def omni_config(config: ModelConfig, *, dtype: str) -> dict[str, Any]:
 
 def preprocessor_config(vision: VisionConfig, media: MediaBudget) -> dict[str, Any]:
     """`preprocessor_config.json`: tiling and normalisation of images, frames of videos."""
+    budget = {name: value for name, value in asdict(media).items() if name != PRUNING}
     return {
         "image_processor_type": "NemotronNanoVLV2ImageProcessor",
         "processor_class": "NemotronNanoVLV2Processor",
         "image_size": vision.tile_size,
         "patch_size": vision.patch_size,
-        **asdict(media),
+        **budget,
         "downsample_ratio": PIXEL_SHUFFLE,
         "do_rescale": True,
         "norm_mean": list(vision.norm_mean),

@@ -23,15 +23,10 @@ from nemovl_train.checkpoint.base import adapter_run, base_of
 from nemovl_train.checkpoint.streamed import StoredTensors
 from nemovl_train.config.adapters import adapted_linears
 from nemovl_train.config.schema import ModelConfig, RunConfig
-from nemovl_train.convert.checkpoints import (
-    CheckpointInfo,
-    Import,
-    describe_checkpoint,
-    find_checkpoint,
-    import_behind,
-    single_process_model,
-)
+from nemovl_train.convert.checkpoints import find_checkpoint, load_tensors, single_process_model
+from nemovl_train.convert.described import CheckpointInfo, Import, describe_checkpoint, import_behind
 from nemovl_train.convert.lazy import Spec, Tensors
+from nemovl_train.convert.mapping import report
 from nemovl_train.convert.ours_check import compute
 from nemovl_train.convert.probe import make_probe
 from nemovl_train.convert.stored import from_stored
@@ -43,6 +38,7 @@ from nemovl_train.model.vlm import ATTRIBUTES, NemotronVL
 MERGE_BOUND = 1e-5
 """Largest difference in float32 between adapter and merged weight, as a share of the largest output or logit."""
 _PROBES = 4
+_FIRST = ".lora_a"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +50,8 @@ class Merged:
         run: Config of the run that trained the adapters.
         tensors: Canonical tensors; adapted ones in float32, whole ones as their checkpoint has them.
         identity: Hash of where the values come from.
-        found: What the comparisons found so far; complete once every tensor was read.
+        found: What the comparisons found: `layers`, `largest_difference` (complete once every tensor was read), and
+            with logits their two numbers.
         imported: The import behind the base.
         base_name: What the base says about where it came from.
     """
@@ -74,6 +71,8 @@ class Merged:
         if "carried" in self.info.export:
             carried = self.info.export["carried"]
             kept["carried"] = {"model": asdict(carried.config), "media": asdict(carried.media), "dtype": carried.dtype}
+        if "bf16_layers" in self.info.export:
+            kept["bf16_layers"] = self.info.export["bf16_layers"]
         media = asdict(self.info.export["media"])
         return {"source": self.base_name, "media": media, "facts": self.info.facts, **kept}
 
@@ -92,21 +91,23 @@ def open_merged(source: Path, base: Path | None = None, *, logits: bool = False)
     """
     folder, run = adapters_of(source)
     below = base_of(folder, base)
-    found: dict[str, Any] = {"layers": 0, "largest_difference": 0.0}
+    found: dict[str, Any] = {}
+    tensors = merged_tensors(StoredTensors(below), StoredTensors(folder), run, found)
     if logits:
         with adapted_model(folder, run, torch.float32, below) as model:
-            found |= compare_logits(model, run.model)
+            found |= compare_logits(model, run.model, tensors)
     info = describe_checkpoint(folder, parent=below)
     targets = {part: list(patterns) for part, patterns in asdict(run.adapter.targets).items() if patterns}
     adapted = {"rank": run.adapter.rank, "alpha": run.adapter.alpha, "targets": targets}
     # `found` itself: a card or a state is written after the tensors, and then it is complete.
     info.facts.update(adapters=adapted, merged=found)
-    seals = [sealed.seal_of(path) for path in (folder, below)]
+    # What was compared goes into the card, so a continued export has to compare it as well.
+    origin = ["merged", *(sealed.seal_of(path) for path in (folder, below)), asdict(run.adapter), logits]
     return Merged(
         info=info,
         run=run,
-        tensors=merged_tensors(StoredTensors(below), StoredTensors(folder), run, found),
-        identity=hashlib.sha256(json.dumps(["merged", *seals]).encode()).hexdigest(),
+        tensors=tensors,
+        identity=hashlib.sha256(json.dumps(origin).encode()).hexdigest(),
         found=found,
         imported=import_behind(folder, parent=below),
         base_name=name_of_base(folder, below),
@@ -120,7 +121,11 @@ def merged_tensors(base: StoredTensors, adapters: StoredTensors, run: RunConfig,
         base: Checkpoint of the base.
         adapters: Checkpoint of the adapters, and of parts that trained as a whole.
         run: Config of the run that made it.
-        found: Gets the number of `layers` and the `largest_difference` of the comparison.
+        found: Gets the number of `layers`, and the `largest_difference` of the comparison as they are read. An export
+            that is continued puts back what it knew.
+
+    Raises:
+        ConversionError: The checkpoint has other adapters than its run's config names.
     """
     whole, trained = from_stored(base, run.model), from_stored(adapters, run.model, partial=True)
     scale = run.adapter.alpha / run.adapter.rank
@@ -129,9 +134,13 @@ def merged_tensors(base: StoredTensors, adapters: StoredTensors, run: RunConfig,
         for linear in adapted_linears(run.model, run.adapter)
         for name in [f"{ATTRIBUTES[linear.part]}.{linear.name}"]
     }
-    missing = [pair for pair in pairs.values() if f"{pair}.lora_a" not in adapters.specs]
-    if missing:
-        raise ConversionError(f"the checkpoint has no {missing[0]}.lora_a, which its run's config asks for")
+    asked = {f"{pair}{_FIRST}" for pair in pairs.values()}
+    weights = (name for name in adapters.specs if name.partition(".")[0] in ATTRIBUTES.values())  # no moments
+    held = {name for name in weights if name.endswith(f".{ADAPTER}{_FIRST}")}
+    problems = [f"the checkpoint has no {name}, which its run's config asks for" for name in sorted(asked - held)]
+    problems += [f"the checkpoint has {name}, which its run's config does not name" for name in sorted(held - asked)]
+    report(problems, "the adapters are not those of the config")
+    found |= {"layers": len(pairs), "largest_difference": 0.0}
     specs = {
         name: Spec(spec.shape, torch.float32) if name in pairs else trained.specs.get(name, spec)
         for name, spec in whole.specs.items()
@@ -148,7 +157,6 @@ def merged_tensors(base: StoredTensors, adapters: StoredTensors, run: RunConfig,
         if name not in checked:  # a tensor that goes into several of a folder is read for each
             checked.add(name)
             difference = _difference(name, weight, a, b, scale, merged)
-            found["layers"] = len(checked)
             found["largest_difference"] = max(found["largest_difference"], difference)
         return merged
 
@@ -157,7 +165,7 @@ def merged_tensors(base: StoredTensors, adapters: StoredTensors, run: RunConfig,
 
 def _pair(adapters: StoredTensors, prefix: str) -> tuple[Tensor, Tensor]:
     """Both matrices of a layer; the second lies in pieces where its rows are split one kind after the other."""
-    first, second = f"{prefix}.lora_a", f"{prefix}.lora_b"
+    first, second = f"{prefix}{_FIRST}", f"{prefix}.lora_b"
     if second in adapters.specs:
         return adapters.read(first), adapters.read(second)
     pieces = sorted(
@@ -182,8 +190,13 @@ def _difference(name: str, weight: Tensor, a: Tensor, b: Tensor, scale: float, m
 
 
 @torch.no_grad()
-def compare_logits(model: NemotronVL, config: ModelConfig) -> dict[str, float]:
-    """Merge a model's adapters in place, comparing its logits before and after.
+def compare_logits(model: NemotronVL, config: ModelConfig, tensors: Tensors) -> dict[str, float]:
+    """Compare logits of a model with adapters and of the tensors that are to be written.
+
+    Args:
+        model: With adapters; afterwards it holds `tensors` and has none.
+        config: Its sizes.
+        tensors: Every tensor of the merged model.
 
     Returns:
         `largest_logit_difference` and `largest_logit`.
@@ -194,6 +207,8 @@ def compare_logits(model: NemotronVL, config: ModelConfig) -> dict[str, float]:
     probe = make_probe(config)
     before = compute(model, config, probe)
     merge_adapters(model)
+    # Its own sums are replaced: what counts is what goes into the folder, read from the checkpoints.
+    load_tensors(model, ((name, tensors.read(name)) for name in tensors.specs))
     after = compute(model, config, probe)
     return _compare(before, after)
 

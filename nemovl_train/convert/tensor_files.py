@@ -78,7 +78,7 @@ class TensorFolder:
         self.specs = dict(self.stored)
         for name, scale in self.fp8.items():
             self.specs[name] = Spec(self.stored[name].shape, self._wide)
-            for left_out in (scale, scale.replace(".weight_scale", fp8.ACTIVATION_SCALE)):
+            for left_out in (scale, fp8.activation_scale_name(name)):
                 self.specs.pop(left_out, None)
 
     def _open(self, file: str) -> None:

@@ -18,6 +18,7 @@ class Gpu:
         attention_flops: FLOP/s of the attention core, causal work counted at half the square, forward and backward.
         copy_bytes: Device memory traffic a second, of a plain copy.
         nvlink_bytes: Bytes a second of NCCL collectives inside a node, waiting for the slowest rank included.
+        host_link_bytes: Bytes a second that one direction carries between the device and pinned host memory.
         measured: False when the rates follow from another type's by the data sheet's ratios.
     """
 
@@ -29,8 +30,13 @@ class Gpu:
     attention_flops: float
     copy_bytes: float
     nvlink_bytes: float
+    host_link_bytes: float
     measured: bool
 
+
+_PCIE_4, _PCIE_5 = 25e9, 50e9
+"""Assumed, not measured: four fifths of what 16 lanes carry in one direction, 31.5 and 63 GB/s by the standard (16 and
+32 GT/s a lane, 128 of 130 bits). The data sheets give both directions: 64 GB/s of the A100, 128 of the H100."""
 
 GPU_TYPES = {
     # Rates from a profile of megatron-core training the 12B language model on four of them (calibration.py): GEMMs at
@@ -46,6 +52,7 @@ GPU_TYPES = {
         attention_flops=476e12,
         copy_bytes=3.0e12,
         nvlink_bytes=344e9,
+        host_link_bytes=_PCIE_5,
         measured=True,
     ),
     # The same chip with more and faster memory: 4.8 against 3.35 TB/s on the data sheets.
@@ -58,6 +65,7 @@ GPU_TYPES = {
         attention_flops=476e12,
         copy_bytes=4.3e12,
         nvlink_bytes=344e9,
+        host_link_bytes=_PCIE_5,
         measured=False,
     ),
     # Data sheet, dense bfloat16 312 TFLOP/s, 2.04 TB/s, NVLink 600 against 900 GB/s; the H100's shares of those.
@@ -70,6 +78,7 @@ GPU_TYPES = {
         attention_flops=150e12,
         copy_bytes=1.83e12,
         nvlink_bytes=229e9,
+        host_link_bytes=_PCIE_4,
         measured=False,
     ),
     # Data sheet of the eight-GPU board: dense bfloat16 2.25 PFLOP/s, 180 GB and 8 TB/s a GPU, NVLink 1,800 GB/s.
@@ -82,6 +91,7 @@ GPU_TYPES = {
         attention_flops=1083e12,
         copy_bytes=7.2e12,
         nvlink_bytes=688e9,
+        host_link_bytes=_PCIE_5,
         measured=False,
     ),
 }

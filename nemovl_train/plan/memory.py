@@ -8,7 +8,7 @@ sequence parallelism shares their tokens.
 import math
 from dataclasses import dataclass, fields
 
-from nemovl_train.config.adapters import linears
+from nemovl_train.config.adapters import adapted_linears, linears
 from nemovl_train.config.precision import inner_layers
 from nemovl_train.config.schema import LanguageConfig, RunConfig
 from nemovl_train.model.chunks import TILES_AT_A_TIME, TILES_ENCODED_AGAIN, rows_at_a_time
@@ -103,38 +103,79 @@ def memory(config: RunConfig, grid: Grid, load: PackLoad, policy: Policy | None 
 
 
 def host_bytes(config: RunConfig, grid: Grid, load: PackLoad, policy: Policy) -> float:
-    """Host memory of one rank: optimizer state and inputs of layers, where options move them there."""
+    """Host memory of one rank: optimizer state and inputs of layers, where options move them there.
+
+    Each tensor has a block of its own, and PyTorch rounds page-locked blocks up to powers of two
+    (`aten/src/ATen/core/CachingHostAllocator.h`).
+    """
     width = 4 if config.precision.params == "fp32" else 2
     found = 0.0
     if policy.states_on_host:
-        found += _states(config, grid, policy, width)["optimizer"]
+        found += sum(n * _rounding(config, grid, part) for part, n in _optimizer(config, grid, policy).items())
     if policy.inputs_on_host:
         size = config.model.language
         layers = size.num_layers if policy.full_recompute_layers is None else policy.full_recompute_layers
         residual = grid.tp if grid.sequence_parallel else 1
-        found += width * layers * size.hidden_size * load.seq_length / grid.cp / residual
+        found += layers * _block(width * size.hidden_size * load.seq_length / grid.cp / residual)
     if policy.tower_recompute == "offload" and load.tiles:
         tower = config.model.vision
         tokens = (tower.tile_size // tower.patch_size) ** 2 + tower.prefix_tokens
-        found += width * load.dealt_tiles(grid.pack_ranks) * tokens * tower.hidden_size * tower.num_layers
+        calls, left = divmod(load.dealt_tiles(grid.pack_ranks), TILES_AT_A_TIME)
+        tile = width * tokens * tower.hidden_size
+        found += tower.num_layers * (calls * _block(tile * TILES_AT_A_TIME) + _block(tile * left))
+    return found
+
+
+def optimizer_bytes(config: RunConfig, grid: Grid, policy: Policy | None = None) -> float:
+    """Bytes of the optimizer state that one rank holds, wherever it is."""
+    return sum(_optimizer(config, grid, policy or policy_of(config)).values())
+
+
+def _block(size: float) -> float:
+    """Bytes of a page-locked block."""
+    return 2.0 ** math.ceil(math.log2(size)) if size else 0.0
+
+
+def _rounding(config: RunConfig, grid: Grid, part: str) -> float:
+    """How much larger page-locked blocks of a part's optimizer state are than the state.
+
+    As if each rank held whole matrices of its tensor parallel share; the distributed optimizer cuts a few of them.
+    """
+    row = trainable(config)[part]
+    share = grid.tp if part == "language" else 1
+    rank, size = config.adapter.rank, config.model.language
+    whole = [linear for linear in linears(config.model) if linear.part == part] if row.whole else []
+    counts = [linear.inputs * linear.outputs for linear in whole]
+    if whole and part == "language":  # embedding and head
+        counts += 2 * [size.vocab_size * size.hidden_size]
+    adapted = [linear for linear in adapted_linears(config.model, config.adapter) if linear.part == part]
+    counts += [rank * width for linear in adapted for width in (linear.inputs, linear.outputs)]
+    pieces = [4 * count / share for count in counts]  # float32; half of it has the same ratio
+    return sum(map(_block, pieces)) / sum(pieces) if pieces else 1.0
+
+
+def _optimizer(config: RunConfig, grid: Grid, policy: Policy) -> dict[str, float]:
+    """Bytes of optimizer state of one rank, by part."""
+    # A float32 weight is its own master.
+    each = policy.states.optimizer if config.precision.params != "fp32" else 8
+    found = {}
+    for part, row in trainable(config).items():
+        share = grid.tp if part == "language" else 1
+        holders = grid.gpus / share if config.optim.distributed else 1
+        found[part] = row.trained / share * each / holders
     return found
 
 
 def _states(config: RunConfig, grid: Grid, policy: Policy, width: int) -> dict[str, float]:
     """TP ranks share the language weights, all that hold the same its optimizer state; every rank shares the rest's."""
-    states = policy.states
-    # A float32 weight is its own master.
-    state_bytes = states.optimizer if width == 2 else 8
-    weights = gradients = optimizer = 0.0
+    weights = gradients = 0.0
     quantized = _quantized(config)
     for part, row in trainable(config).items():
         # Half of every adapter is whole on all TP ranks: too little to count.
         share = grid.tp if part == "language" else 1
-        holders = grid.gpus / share
         weights += (row.held * width + 2 * quantized.get(part, 0)) / share
-        gradients += row.trained / share * states.gradient
-        optimizer += row.trained / share * state_bytes / (holders if config.optim.distributed else 1)
-    return {"weights": weights, "gradients": gradients, "optimizer": optimizer}
+        gradients += row.trained / share * policy.states.gradient
+    return {"weights": weights, "gradients": gradients, "optimizer": optimizer_bytes(config, grid, policy)}
 
 
 def _fp8_layers(config: RunConfig, layers: int, ends: int) -> range:

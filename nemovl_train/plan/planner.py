@@ -12,12 +12,14 @@ from nemovl_train.config.validate import MOST_BF16_SUMS
 from nemovl_train.exceptions import ConfigError
 from nemovl_train.plan.hardware import GPU_TYPES, STORAGE_BYTES, Gpu
 from nemovl_train.plan.load import Grid, PackLoad, grid_of, heaviest, pack_of
-from nemovl_train.plan.memory import Memory, host_bytes, memory
+from nemovl_train.plan.memory import Memory, host_bytes, memory, optimizer_bytes
 from nemovl_train.plan.policy import LEANER, STATES, Policy, leaner, policy_of
 from nemovl_train.plan.timing import StepTime, pack_flops, step_time
 from nemovl_train.plan.traffic import Flow, flows
 from nemovl_train.plan.trainable import trainable
 
+SAVE_BLOCK_BYTES = 2**26
+"""Unit in which a background save takes page-locked memory (`checkpoint/storage.py`, which needs torch)."""
 _MOMENT_BYTES = 8
 """Two float32 moments of a trained parameter."""
 
@@ -108,6 +110,22 @@ class Plan:
         # A float32 weight is its own master.
         states = STATES[self.config.optim.states].optimizer if width == 2 else _MOMENT_BYTES
         return width * saved + states * trained
+
+    @property
+    def save_bytes(self) -> float:
+        """Host memory of the rank that holds most of a checkpoint that is saved in the background, in whole blocks.
+
+        Weights are written by the first rank that has them, optimizer state by each rank.
+        """
+        if not self.config.checkpoint.in_background:
+            return 0.0
+        width = 4 if self.config.precision.params == "fp32" else 2
+        saved = 0.0
+        for part, row in trainable(self.config).items():
+            count = row.trained if self.config.adapter.rank else row.own
+            saved += width * count / (self.grid.tp if part == "language" else 1)
+        saved += optimizer_bytes(self.config, self.grid)
+        return math.ceil(saved / SAVE_BLOCK_BYTES) * SAVE_BLOCK_BYTES
 
     @property
     def checkpoint_seconds(self) -> float:
@@ -276,8 +294,10 @@ def _unmeasured(plan: Plan) -> Iterator[str]:
         unmeasured.append("links between nodes")
     if plan.grid.cp > 1:
         unmeasured.append("our exchange over context parallel ranks")
-    if plan.host_bytes:
-        unmeasured.append("copies to host memory, which count as hidden")
+    if "offload" in (plan.config.recompute.language, plan.config.recompute.vision):
+        unmeasured.append("copies of layers' inputs to host memory, which count as hidden")
+    if plan.time.state_copies:
+        unmeasured.append("the link to host memory")
     if unmeasured:
         yield f"times rest on assumptions for {', '.join(unmeasured)}"
 
@@ -327,6 +347,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
             "total": round(plan.memory.total),
             "outside_pool": plan.gpu.outside_pool_bytes,
             "host": round(plan.host_bytes),
+            "host_save": round(plan.save_bytes),
             "device": plan.gpu.memory_bytes,
             "headroom": round(plan.headroom),
             "fits": plan.fits,

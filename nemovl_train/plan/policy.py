@@ -39,6 +39,7 @@ class Policy:
             parallel ranks, reads the scan's output again.
         chunked_loss: Logits exist for some positions at a time; else all at once.
         head_everywhere: Logits are made at every position, not at the supervised ones alone.
+        head_made_again: Logits are made again in backward: four products instead of three.
     """
 
     states: StateBytes = FP32_STATES
@@ -50,6 +51,7 @@ class Policy:
     fused_gated_norm: bool = True
     chunked_loss: bool = True
     head_everywhere: bool = False
+    head_made_again: bool = False
 
 
 STATES = {"fp32": FP32_STATES, "bf16_moments": BF16_MOMENTS, "lean": LEAN_STATES}

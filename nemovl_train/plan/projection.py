@@ -34,6 +34,7 @@ MODELLED = {
     "features": "exchange of features",
     "context_parallel": "exchange between context parallel ranks",
     "host": "waiting for the host",
+    "state_copies": "optimizer state to host memory and back",
     "reduce": "gradients and weights over data parallel ranks, nothing of it hidden",
 }
 """Those that are bytes or FLOPs over an assumed rate."""

@@ -162,6 +162,8 @@ def _memory(plan: Plan) -> Iterator[str]:
     yield f"  {'total':<18}{total:7.2f}  {verdict}"
     if plan.host_bytes:
         yield f"  in host memory      {plan.host_bytes / GIB:5.2f}  of each rank"
+    if plan.save_bytes:
+        yield f"  and while it saves  {plan.save_bytes / GIB:5.2f}  in host memory, of the rank with most"
     for name, row in would_fit(plan).items():
         yield f"  with {name}: {row['bytes'] / GIB:.1f} GiB in the pool, fits: {_yes(row['fits'])}"
 

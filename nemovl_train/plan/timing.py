@@ -9,6 +9,7 @@ from nemovl_train.config.schema import RunConfig
 from nemovl_train.model.flops import PackFlops, training_flops
 from nemovl_train.plan.hardware import GPU_TYPES, Gpu
 from nemovl_train.plan.load import Grid, PackLoad
+from nemovl_train.plan.memory import optimizer_bytes
 from nemovl_train.plan.policy import Policy, policy_of
 from nemovl_train.plan.traffic import flows
 from nemovl_train.plan.trainable import adapted_parts, trainable
@@ -24,7 +25,7 @@ _LAUNCHES_PER_LAYER = 57
 """Kernel launches a layer and pack, forward and backward: 14,162 in a step of 4 packs through 62 layers."""
 _LAUNCH = 129e-6
 """Host time of a launch, on the virtual machine of the profile; a faster host has less."""
-_TOWER_EFFICIENCY = 0.64
+_TOWER_EFFICIENCY = 0.62
 """The tower's matrix products are narrow: share of the GEMM rate that makes case `unit_visual` as far off as the same
 layers without a tower, `unit_selective`."""
 
@@ -46,6 +47,7 @@ class StepTime:
         reduce: Gradients summed and weights sent back over data parallel ranks, as if nothing were hidden behind work;
             `optim.overlap_grad_reduce` and `optim.overlap_param_gather` hide a part that nobody has measured.
         update: Clipping and AdamW.
+        state_copies: Optimizer state out to host memory and back in, with `optim.offload`: both are waited for.
     """
 
     matrices: float
@@ -59,6 +61,7 @@ class StepTime:
     host: float
     reduce: float
     update: float
+    state_copies: float
 
     @property
     def total(self) -> float:
@@ -98,6 +101,7 @@ def step_time(
         host=max(0.0, host - sum(kernels.values()) - features - tensor - context),
         reduce=sum(traffic.values()),
         update=_update(config, grid),
+        state_copies=_state_copies(config, grid, gpu, policy),
     )
 
 
@@ -133,6 +137,8 @@ def _kernels(
     # Norms and activations run forward once more in either case.
     elementwise = 4 / 3 if policy.selective_recompute else recompute_mixing
     layers = work.mamba + work.mlp + work.attention - work.attention_core
+    # Forward once, and the two products of backward; an earlier form of the loss ran forward again there.
+    head = work.head * (4 / 3 if policy.head_made_again else 1)
     slower = GPU_TYPES["h100_80gb"].copy_bytes / gpu.copy_bytes
     tokens = load.seq_length / grid.pack_ranks
     mamba_channels = size.hybrid_pattern.count("M") * size.mamba_inner_size
@@ -143,12 +149,17 @@ def _kernels(
         else 1
     )
     return {
-        "matrices": (layers * recompute + work.head) / grid.pack_ranks / gpu.gemm_flops,
+        "matrices": (layers * recompute + head) / grid.pack_ranks / gpu.gemm_flops,
         "attention": work.attention_core * recompute_mixing / grid.pack_ranks / gpu.attention_flops,
         "mixer": slower * _MIXER * tokens * mamba_channels * recompute_mixing,
         "elementwise": slower * _ELEMENTWISE * tokens * size.num_layers * size.hidden_size * elementwise,
         "vision": (tower / _TOWER_EFFICIENCY + work.projector) * share / gpu.gemm_flops,
     }
+
+
+def _state_copies(config: RunConfig, grid: Grid, gpu: Gpu, policy: Policy) -> float:
+    """Nothing runs beside them: the state leaves after the update, and is back before the next (`Resting`)."""
+    return 2 * optimizer_bytes(config, grid, policy) / gpu.host_link_bytes if policy.states_on_host else 0.0
 
 
 def _update(config: RunConfig, grid: Grid) -> float:

@@ -35,6 +35,7 @@ class TrainState:
         config_hash: Identity of the options that decide the result.
         parent: Checkpoint whose weights the run started from.
         parent_seal: Hash that seals it. Checkpoints of adapters hold nothing of their base but this reference.
+        adapter: The run's adapter options (`AdapterConfig`, as plain values); None where whole parts train.
     """
 
     step: int = 0
@@ -54,6 +55,7 @@ class TrainState:
     config_hash: str = ""
     parent: str | None = None
     parent_seal: str | None = None
+    adapter: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The state as a JSON object with its format version."""
@@ -76,6 +78,7 @@ class TrainState:
         if version != FORMAT_VERSION:
             raise CheckpointError(f"{where}: state format {version}, this version reads {FORMAT_VERSION}")
         values = {key: value for key, value in data.items() if key != "format_version"}
+        values.setdefault("adapter", None)  # said since checkpoints of adapters are compared with it
         expected = {f.name for f in fields(cls)}
         if set(values) != expected:
             raise CheckpointError(f"{where}: fields {sorted(set(values) ^ expected)} are missing or unknown")

@@ -132,7 +132,8 @@ class Trainer:
             precision=config.precision,
             draw_on=layout.device if replaced else "cpu",
         )
-        self.state = TrainState(seed=config.trainer.seed, config_hash=config_hash(config))
+        adapter = to_plain(config)["adapter"] if config.adapter.rank else None
+        self.state = TrainState(seed=config.trainer.seed, config_hash=config_hash(config), adapter=adapter)
         if resumed_from is None:
             self._load_initial_weights()
         elif config.adapter.rank:
@@ -308,6 +309,7 @@ class Trainer:
         if sealed.step_folder(self.folder.checkpoints, restored.step) != folder:
             raise CheckpointError(f"{folder} holds step {restored.step}: it was renamed; give it its name back")
         restored.seed, restored.config_hash = self.state.seed, self.state.config_hash
+        restored.adapter = self.state.adapter
         self.state = restored
         log.info("%s: continuing after step %d from %s", self.folder.path, restored.step, folder.name)
 

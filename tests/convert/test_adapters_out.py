@@ -1,19 +1,24 @@
 """Adapters on their way out: merged weights give the same logits, and `peft` on Transformers' own model as well."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import tiny_runs
 import torch
 from safetensors.torch import load_file, save_file
 
+from nemovl_train.checkpoint import base as base_module
 from nemovl_train.checkpoint import sealed
 from nemovl_train.checkpoint.base import base_of, parent_of, refuse_adapters
 from nemovl_train.checkpoint.streamed import StoredTensors
+from nemovl_train.config.dump import dump_yaml
 from nemovl_train.config.schema import AdapterConfig, AdapterTargets
-from nemovl_train.convert import merging
+from nemovl_train.convert import adapters as adapters_out
+from nemovl_train.convert import hf_export, merging
 from nemovl_train.convert.adapters import export_adapters, export_merged, merge_checkpoint
 from nemovl_train.convert.checkpoints import (
     export_checkpoint,
@@ -25,7 +30,6 @@ from nemovl_train.convert.ours_check import compute
 from nemovl_train.convert.probe import make_probe
 from nemovl_train.convert.verify import verify
 from nemovl_train.exceptions import CheckpointError, ConversionError
-from nemovl_train.model.lora import Adapter
 from nemovl_train.training import trainer
 from nemovl_train.training.folder import StageFolder
 
@@ -102,10 +106,97 @@ def test_a_wrong_merge_is_refused(whole, tmp_path, monkeypatch):
     with pytest.raises(ConversionError, match="something else than the adapter"):
         merge_checkpoint(whole[0], tmp_path / "merged")
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(Adapter, "merged", lambda self, weight: weight.float() + self.lora_b @ self.lora_a)
+
+
+def test_logits_are_those_of_the_tensors_that_are_written(whole, tmp_path, monkeypatch):
+    """Rows that leave the checkpoint in the wrong order: each layer by itself agrees with the pair that was read."""
+    pair = merging._pair
+    monkeypatch.setattr(merging, "_pair", lambda *args: (pair(*args)[0], pair(*args)[1].flip(0)))
     with pytest.raises(ConversionError, match="other logits than the adapters"):
         export_merged(whole[0], tmp_path / "hf", logits=True)
     assert list(tmp_path.iterdir()) == []
+
+
+def rewritten(whole, root, change):
+    """A copy of the run whose adapters' config was changed after the checkpoint; the stage with the adapters."""
+    folder, config = whole
+    shutil.copytree(folder.parent, root / "run")
+    stage = root / "run/adapters"
+    (stage / "config.yaml").write_text(dump_yaml(replace(config, adapter=change(config.adapter))))
+    return stage
+
+
+def without(monkeypatch, key):
+    """States of checkpoints as a version wrote them that did not know a field; the real ones are sealed."""
+    monkeypatch.setattr(base_module, "_state", lambda f: json.loads((f / "state.json").read_text()) | {key: None})
+
+
+def test_a_config_that_was_rewritten_since_is_refused(whole, tmp_path):
+    fewer = rewritten(whole, tmp_path, lambda old: replace(old, alpha=32.0))
+    with pytest.raises(ConversionError, match=r"saved with adapter.alpha=16.0; .*config.yaml says adapter.alpha=32.0"):
+        merge_checkpoint(fewer, tmp_path / "merged")
+    with pytest.raises(ConversionError, match="write the former back"):
+        export_adapters(fewer, tmp_path / "peft")
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
+
+
+def test_no_adapter_of_a_checkpoint_is_left_out(whole, tmp_path, monkeypatch):
+    """Also where the state is of a version that does not say which there are."""
+
+    def fewer(old):
+        return replace(old, targets=replace(old.targets, language=("in_proj",)))
+
+    stage = rewritten(whole, tmp_path, fewer)
+    without(monkeypatch, "adapter")
+    with pytest.raises(ConversionError, match=r"has language_model.*linear_fc1.adapter.lora_a, which .* not name"):
+        merge_checkpoint(stage, tmp_path / "merged")
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
+
+
+@pytest.mark.parametrize("key", ["parent", "parent_seal"])
+def test_a_state_that_does_not_name_its_base_says_so(whole, tmp_path, monkeypatch, key):
+    base = base_of(find_checkpoint(whole[0]))
+    without(monkeypatch, key)
+    with pytest.raises(ConversionError, match=f"state.json has no {key}, so no checkpoint"):
+        merge_checkpoint(whole[0], tmp_path / "merged", base=base)
+
+
+def test_a_continued_export_of_merged_weights_is_the_same_folder(whole, tmp_path, monkeypatch):
+    export = partial(adapters_out.export_canonical, max_shard_bytes=20_000)
+    monkeypatch.setattr(adapters_out, "export_canonical", export)
+    once = export_merged(whole[0], tmp_path / "once")
+    shards = sorted(path.name for path in once.glob("*.safetensors"))
+    card = (once / "README.md").read_text()
+    assert '"layers": 12' in card
+    largest = float(re.search('"largest_difference": ([0-9.e-]+)', card).group(1))
+    assert 0 < largest <= 1e-5
+    write = hf_export.write_shard
+
+    def cut_off(path, *args):
+        if path.name == shards[-1]:
+            raise KeyboardInterrupt
+        return write(path, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hf_export, "write_shard", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            export_merged(whole[0], tmp_path / "again")
+    written = []
+    monkeypatch.setattr(hf_export, "write_shard", lambda path, *args: written.append(path.name) or write(path, *args))
+    export_merged(whole[0], tmp_path / "again")
+    assert written == shards[-1:]
+    names = sorted(path.name for path in once.iterdir() if path.is_file())
+    assert names == sorted(path.name for path in (tmp_path / "again").iterdir() if path.is_file())
+    assert all((once / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in names)
+
+
+def test_shards_of_other_adapter_options_are_not_kept(whole, tmp_path, monkeypatch):
+    """The seals are the same where only the config was rewritten, and the state of an older version does not tell."""
+    one, again = (merging.open_merged(whole[0]).identity for _ in range(2))
+    assert one == again
+    older = rewritten(whole, tmp_path, lambda old: replace(old, alpha=32.0))
+    without(monkeypatch, "adapter")
+    assert merging.open_merged(older).identity != one
 
 
 def test_a_merge_never_holds_the_model(whole, tmp_path, monkeypatch):

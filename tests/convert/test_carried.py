@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from nemovl_train.checkpoint.files import sha256
 from nemovl_train.config.schema import RunConfig, RunSection, TrainerConfig
+from nemovl_train.convert.carried import FOLDER as CARRIED
 from nemovl_train.convert.carried import carry, merge
-from nemovl_train.convert.checkpoints import CARRIED, checkpoint_tensors, export_checkpoint, import_checkpoint
+from nemovl_train.convert.checkpoints import checkpoint_tensors, export_checkpoint, import_checkpoint
 from nemovl_train.convert.hf_export import MANIFEST
 from nemovl_train.convert.tensor_files import SINGLE, read_json
 

@@ -107,6 +107,30 @@ def test_the_config_names_the_layers_that_are_in_fp8(kind, fp8):
     assert modules != chosen
 
 
+def test_layers_that_trained_in_bf16_stay_out_of_fp8(folders, tokenizer_dir, tmp_path):
+    """A run in FP8 keeps the layers at both ends in bfloat16, and so does its folder."""
+    out = export_canonical(
+        random_tensors(), CONFIG, tmp_path / "x", kind="vlm", tokenizer=tokenizer_dir, card={}, fp8=True, bf16_layers=1
+    )
+    found, plain = load_file(out / SINGLE), load_file(folders["vlm"] / SINGLE)
+    held = {name for name, tensor in found.items() if tensor.dtype == torch.float8_e4m3fn}
+    last = len(CONFIG.language.hybrid_pattern) - 1
+    ends = {n for n in plain if LINEAR.search(n) and re.search(rf"language_model\..*layers\.(0|{last})\.", n)}
+    assert ends
+    assert held == {name for name in plain if LINEAR.search(name)} - ends
+    assert all(torch.equal(found[name], plain[name]) for name in ends)
+    scheme = read_json(out / "config.json")["quantization_config"]
+    patterns = [text.removeprefix("re:") for text in scheme["ignore"]]
+    for name in (n for n in plain if LINEAR.search(n)):
+        module = name.removesuffix(".weight").replace("backbone.", "model.")
+        assert any(re.match(pattern, module) for pattern in patterns) == (name in ends), name
+    assert "but for 1 at each end of the pattern" in (out / "README.md").read_text()
+    with pytest.raises(ConversionError, match=r"precision.bf16_layers=9\); leave out --fp8"):
+        export_canonical(
+            random_tensors(), CONFIG, tmp_path / "y", kind="vlm", tokenizer=None, card={}, fp8=True, bf16_layers=9
+        )
+
+
 def test_a_folder_is_read_as_what_it_stands_for(fp8, folders, tmp_path, caplog):
     folder, plain = HFFolder(fp8["vlm"]), dict(HFFolder(folders["vlm"]).tensors())
     assert "FP8 weights are read as float32" in caplog.text
@@ -193,17 +217,20 @@ def test_verification_compares_what_fp8_stands_for(kind, fp8, folders, tmp_path)
 
 
 @pytest.mark.slow
-def test_transformers_opens_it_with_compressed_tensors(fp8):
+@pytest.mark.parametrize("ends", [0, 1])
+def test_transformers_opens_it_with_compressed_tensors(ends, tokenizer_dir, tmp_path):
     pytest.importorskip("compressed_tensors", reason="Transformers reads FP8 folders with this package")
     from transformers import NemotronHForCausalLM
 
     from nemovl_train.convert.probe import make_probe
     from nemovl_train.convert.reload_check import release_time_step
 
-    folder = HFFolder(fp8["language"])
+    options = {"kind": "language", "tokenizer": tokenizer_dir, "card": {}, "fp8": True, "bf16_layers": ends}
+    path = export_canonical(random_tensors(kind="language"), CONFIG, tmp_path / "x", **options)
+    folder = HFFolder(path)
     state = {name: folder.files.read(name) for name in folder.files.specs}
-    model = NemotronHForCausalLM.from_pretrained(fp8["language"], dtype=torch.float32).eval()
-    plain = NemotronHForCausalLM.from_pretrained(None, config=_plain(fp8["language"]), state_dict=state).eval()
+    model = NemotronHForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    plain = NemotronHForCausalLM.from_pretrained(None, config=_plain(path), state_dict=state).eval()
     modules = dict(model.named_modules())
     for name in folder.files.fp8:
         module = modules[name.removesuffix(".weight").replace("backbone.", "model.", 1)]

@@ -1,21 +1,23 @@
 """Arithmetic of plans against hand counts, real modules and measured runs."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from nemovl_train.config.compose import compose_run
-from nemovl_train.config.schema import RunConfig
+from nemovl_train.config.schema import ModelConfig, RunConfig, TrainerConfig
 from nemovl_train.exceptions import ConfigError
 from nemovl_train.plan.calibration import CASES, MEGATRON_CORE, NEMOVL, compare
 from nemovl_train.plan.hardware import GIB, GPU_TYPES
 from nemovl_train.plan.load import Grid, heaviest, pack_of
 from nemovl_train.plan.memory import _kept, _made_in_backward, memory
-from nemovl_train.plan.planner import make_plan, node_scaling, to_json, warnings, would_fit
+from nemovl_train.plan.planner import SAVE_BLOCK_BYTES, make_plan, node_scaling, to_json, warnings, would_fit
 from nemovl_train.plan.policy import STATES, Policy, policy_of
 from nemovl_train.plan.search import search
+from nemovl_train.plan.timing import step_time
 from nemovl_train.plan.traffic import flows
 
 KEPT = ("cluster=h100_x8", "recompute.language=none", "recompute.vision=none")
@@ -347,7 +349,7 @@ def test_what_goes_to_the_host_leaves_the_device():
     gone = plans[0].memory.activations - plans[1].memory.activations
     assert gone == pytest.approx(plans[0].memory.activations * (layers - 3) / layers)
     assert plans[0].host_bytes == 0
-    assert plans[1].host_bytes == pytest.approx(plans[0].memory.activations)
+    assert plans[1].host_bytes == layers * block(plans[0].memory.activations / layers)
     assert to_json(plans[1])["memory"]["host"] == round(plans[1].host_bytes)
 
     resting = make_plan(replace(full, optim=replace(full.optim, offload=True)))
@@ -355,4 +357,76 @@ def test_what_goes_to_the_host_leaves_the_device():
     passing = before.activations + before.working + before.vision + before.logits
     # Of what passes and what rests the larger counts.
     assert after.total == pytest.approx(before.total - min(before.optimizer, passing))
-    assert resting.host_bytes == pytest.approx(before.optimizer)
+    # Matrices of a rank, master weight and two moments each, by hand: those of the 12B at the plan's TP.
+    tp, size = resting.grid.tp, full.model.language
+    projected = 2 * size.mamba_inner_size + 2 * size.mamba_num_groups * size.mamba_state_dim + size.mamba_num_heads
+    heads = size.num_attention_heads * size.head_dim
+    matrices = 28 * [projected * 5120, 10240 * 5120, 20480 * 5120, 20480 * 5120]
+    matrices += 6 * [(heads + 2 * size.num_query_groups * size.head_dim) * 5120, heads * 5120]
+    matrices += 2 * [size.vocab_size * 5120]
+    blocks = sum(3 * block(4 * count / tp) for count in matrices) / resting.grid.dp / resting.grid.cp
+    assert resting.host_bytes == pytest.approx(blocks, rel=0.15)  # tower and projector are in the plan alone
+    assert resting.host_bytes > 1.2 * before.optimizer
+
+
+def block(size):
+    """Bytes of page-locked memory for a tensor, as PyTorch rounds it."""
+    return 2 ** (math.ceil(size) - 1).bit_length()
+
+
+def test_an_input_of_797_megabytes_takes_a_block_of_one_gibibyte():
+    layout = ("parallel.tp=1", "parallel.cp=4", "parallel.sequence_parallel=false")
+    plan = make_plan(recipe("stage4_long_context_300k", "cluster=h100_x4", "recompute.language=offload", *layout))
+    each = 311_296 / 4 * 5120 * 2
+    assert each == pytest.approx(797e6, rel=1e-3)
+    assert plan.host_bytes == plan.config.model.language.num_layers * 2**30
+    moved = make_plan(recipe("stage2_video_sft_49k", "recompute.language=none", "recompute.vision=offload"))
+    tiles, tower = moved.heaviest.dealt_tiles(moved.grid.pack_ranks), moved.config.model.vision
+    width = 2 * ((tower.tile_size // tower.patch_size) ** 2 + tower.prefix_tokens) * tower.hidden_size
+    calls = [128] * (tiles // 128) + [tiles % 128] * bool(tiles % 128)
+    assert moved.host_bytes == tower.num_layers * sum(block(width * n) for n in calls) > 0
+
+
+def test_optimizer_state_on_the_host_costs_the_time_of_two_copies():
+    full = recipe("stage1_sft_16k", "cluster=h100_x8")
+    plan = make_plan(full)
+    resting = make_plan(replace(full, optim=replace(full.optim, offload=True)))
+    link = GPU_TYPES["h100_80gb"].host_link_bytes
+    assert resting.time.state_copies == pytest.approx(2 * plan.memory.optimizer / link)
+    assert resting.time.total - plan.time.total == pytest.approx(resting.time.state_copies)
+    assert plan.time.state_copies == 0
+    assert "count as hidden" not in "\n".join(warnings(resting))
+    assert "the link to host memory" in "\n".join(warnings(resting))
+    inputs = make_plan(replace(full, recompute=replace(full.recompute, language="offload")))
+    assert inputs.time.state_copies == 0
+    assert "count as hidden" in "\n".join(warnings(inputs))
+
+
+def test_background_saves_take_host_memory_too():
+    from nemovl_train.checkpoint import storage
+
+    assert storage._SLAB_BYTES == SAVE_BLOCK_BYTES
+    config = recipe("stage1_sft_16k", "cluster=h100_x8")
+    plan = make_plan(config)
+    # The first rank writes the weights that it has, and its share of the optimizer state, in whole blocks.
+    written = plan.memory.weights + plan.memory.optimizer
+    assert 0 <= plan.save_bytes - written < SAVE_BLOCK_BYTES
+    assert to_json(plan)["memory"]["host_save"] == plan.save_bytes
+    waited = replace(config, checkpoint=replace(config.checkpoint, in_background=False))
+    assert make_plan(waited).save_bytes == 0
+
+
+def test_the_units_ran_with_a_loss_that_made_logits_twice():
+    """A quarter of that head's time is what today's plans leave out."""
+    (case,) = (case for case in CASES if case.name == "unit_none")
+    config = RunConfig(
+        model=ModelConfig(parts=("language",), language=case.language), trainer=TrainerConfig(train=("language",))
+    )
+    load = replace(pack_of(recipe("stage1_sft_16k")), tiles=0, head_tokens=16384)
+    gpu = GPU_TYPES["h100_80gb"]
+    then, now = (
+        step_time(config, case.grid, load, gpu, packs=2, policy=policy).matrices
+        for policy in (case.policy, replace(case.policy, head_made_again=False))
+    )
+    assert case.policy.head_made_again
+    assert then - now == pytest.approx(2 * 2 * 16384 * 5120 * 16384 / gpu.gemm_flops)

@@ -19,7 +19,8 @@ from nemovl_train.checkpoint.lineage import lineage_of
 from nemovl_train.config.compose import compose_stage
 from nemovl_train.convert import checkpoints as convert_checkpoints
 from nemovl_train.convert import verify as convert_verify
-from nemovl_train.convert.checkpoints import checkpoint_tensors, describe_checkpoint
+from nemovl_train.convert.checkpoints import checkpoint_tensors
+from nemovl_train.convert.described import describe_checkpoint
 from nemovl_train.exceptions import CheckpointError, ConfigError
 from nemovl_train.exit_codes import ExitCode
 from nemovl_train.report import html
