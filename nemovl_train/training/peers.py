@@ -8,6 +8,7 @@ that ends, however it ends.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import logging
 import os
@@ -31,6 +32,9 @@ LEAVE_SECONDS = 5.0
 _BYE, _LOST = b"b", b"l"
 _CONNECT_SECONDS = 20.0
 _LINGER_SECONDS = 10.0  # for the good-byes of others
+# A host that is gone closes nothing: after a minute of silence it is asked every 15 s, and lost after four questions.
+_KEEP_ALIVE = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4))
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 # Stages that follow each other in the same processes share their store.
 _NUMBERS = itertools.count()
 
@@ -53,6 +57,7 @@ class PeerWatch:
         self._selector = selectors.DefaultSelector()
         self._connections: set[socket.socket] = set()
         self._closing = threading.Event()
+        self._full: socket.socket | None = None
 
     def __enter__(self) -> PeerWatch:
         if self._store is None:
@@ -95,8 +100,17 @@ class PeerWatch:
         self._add(connection)
 
     def _accept(self, listener: socket.socket) -> None:
-        with suppress(OSError):
+        try:
             connection, _ = listener.accept()
+        except OSError as error:
+            if error.errno in _EXHAUSTED:
+                # Who knocks stays at the door, and would be reported again at once, forever. The listener is kept open:
+                # closing it would tell those who wait that this process has ended.
+                log.warning("rank %d does not hear of the end of all other processes: %s", self.rank, error)
+                self._selector.unregister(listener)
+                self._full = listener
+            return
+        with suppress(OSError):
             connection.settimeout(_CONNECT_SECONDS)
             word = connection.recv(len(self._token), socket.MSG_WAITALL)
             if secrets.compare_digest(word, self._token):
@@ -106,6 +120,9 @@ class PeerWatch:
 
     def _add(self, connection: socket.socket) -> None:
         connection.settimeout(None)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in _KEEP_ALIVE:
+            connection.setsockopt(socket.IPPROTO_TCP, option, value)
         self._connections.add(connection)
         self._selector.register(connection, selectors.EVENT_READ)
 
