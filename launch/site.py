@@ -80,14 +80,16 @@ class SlurmConfig:
         cpus_per_task: Cores of a node; the site's default when None.
         exclusive: Ask for whole nodes.
         signal_lead: Seconds before the time limit at which the run is asked to save: a step and a save must fit.
-        max_failures: Times that a job is queued again after a failure that was no request to stop.
+        max_failures: Times in a row that a job is queued again after a failure that was no request to stop; as often,
+            and at least once, a job that has nodes to leave out makes room for another.
         slices: Jobs that follow each other, for sites where jobs cannot be queued again; 1 uses requeueing.
         slice_jobs: `chain` submits every slice as a job that depends on the one before; `array` submits them at once as
             a job array of which one task runs at a time.
         max_restarts: Times that torchrun starts the processes again without leaving the job.
         preflight: Test nodes and links before every start, and leave bad nodes out.
         exclude: Nodes to leave out.
-        exclude_file: File of nodes to leave out, one a line; the preflight and `exclude_stragglers` add to it.
+        exclude_file: File of nodes to leave out, one a line; the preflight and `exclude_stragglers` add to it. Not for
+            jobs with `components`.
         exclude_stragglers: Add nodes that the others waited for all along, by the run's own metrics, after every slice.
         stagger_seconds: Seconds between the starts of two nodes, so that not all read the same files at once.
         caches: Folder on a node's own disk for compiled kernels.
@@ -283,8 +285,14 @@ def _numbers(site: SlurmConfig) -> Iterator[str]:
     if _TIME.fullmatch(site.time) and site.signal_lead >= seconds_of(site.time):
         limit = seconds_of(site.time)
         yield f"signal_lead={site.signal_lead}: less than the time limit of {limit} s; nearest: {max(limit // 2, 1)}"
-    for key in ("preflight", "exclude_stragglers"):
-        if getattr(site, key) and not site.exclude_file:
+    found_late = [key for key in ("exclude_file", "preflight", "exclude_stragglers") if getattr(site, key)]
+    if site.components and found_late:
+        yield (
+            f"components: not together with {', '.join(found_late)}, since what sbatch is told beside a script reaches "
+            "the first component alone; name nodes in slurm.exclude=[NODE], which goes into all of them"
+        )
+    elif found_late and not site.exclude_file:
+        for key in found_late:
             yield f"{key}=true needs a file for the nodes that it leaves out; add slurm.exclude_file=bad_nodes.txt"
     if site.slice_jobs == "array" and site.components:
         yield "slice_jobs=array: SLURM has no arrays of jobs with components; set slurm.slice_jobs=chain"

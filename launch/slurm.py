@@ -67,6 +67,8 @@ def render(program: Program, site: SlurmConfig, *, nodes: int, per_node: int, wo
             preflight=site.preflight,
             exclude=site.exclude,
             exclude_file=site.exclude_file,
+            # A refused node is no failure of the run: also one that may not fail gets another chance.
+            most_moves=max(site.max_failures, 1),
             exclude_stragglers=site.exclude_stragglers,
             max_failures=site.max_failures,
             requeue=site.slices == 1,
@@ -100,7 +102,8 @@ def _directives(program: Program, site: SlurmConfig, nodes: int, per_node: int, 
         ComponentConfig(nodes=nodes, partition=site.partition, constraint=site.constraint),
     )
     for number, part in enumerate(components):
-        yield chain(_of_job(program, site, start) if number == 0 else (), _of_nodes(site, part, per_node))
+        whole = _of_job(program, site, start) if number == 0 else ()
+        yield chain(whole, _of_nodes(site, part, per_node), _excluded(site, start))
 
 
 def _of_job(program: Program, site: SlurmConfig, start: Path) -> Iterator[str]:
@@ -116,9 +119,6 @@ def _of_job(program: Program, site: SlurmConfig, start: Path) -> Iterator[str]:
     yield f"--time={site.time}"
     # To the processes of the run, not to the script: it waits for them and acts on how they end.
     yield f"--signal={STOP_SIGNAL}@{site.signal_lead}"
-    listed = read_excluded(start / site.exclude_file) if site.exclude_file else []
-    if excluded := [*site.exclude, *listed]:
-        yield f"--exclude={','.join(dict.fromkeys(excluded))}"
     for key in ("account", "qos", "reservation"):
         if value := getattr(site, key):
             yield f"--{key}={value}"
@@ -139,6 +139,13 @@ def _of_nodes(site: SlurmConfig, part: ComponentConfig, per_node: int) -> Iterat
         yield f"--gpus-per-node={per_node}"
     if site.exclusive:
         yield "--exclusive"
+
+
+def _excluded(site: SlurmConfig, start: Path) -> Iterator[str]:
+    """For every component: what one leaves out another may still be given."""
+    listed = read_excluded(start / site.exclude_file) if site.exclude_file else []
+    if excluded := [*site.exclude, *listed]:
+        yield f"--exclude={','.join(dict.fromkeys(excluded))}"
 
 
 def _srun(site: SlurmConfig) -> Iterator[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from launch.program import Program, program_of
 from launch.site import SlurmConfig, load_site
 from launch.slurm import Script, render, short_lead
+from nemovl_train.checkpoint.files import replace_text
 from nemovl_train.exceptions import UserError
 from nemovl_train.plan.planner import make_plan
 
@@ -55,12 +56,17 @@ def _slurm(args: argparse.Namespace) -> int:
 def submit(script: Script) -> list[str]:
     """Write the script and submit its slices; returns the job numbers.
 
+    They are also noted beside the script, behind those of earlier launches: a slice takes the others out of the queue
+    when the run is done.
+
     Raises:
         UserError: sbatch is missing or refuses.
     """
     script.path.parent.mkdir(parents=True, exist_ok=True)
     script.path.write_text(script.text, encoding="utf-8")
-    (script.path.parent / "failures.slices").unlink(missing_ok=True)  # counted by slices of an earlier launch
+    for count in ("failures.slices", "moves"):  # of an earlier launch
+        (script.path.parent / count).unlink(missing_ok=True)
+    noted = script.path.parent / "jobs"
     jobs: list[str] = []
     for _ in range(1 if script.array else script.slices):
         line = sbatch_line(script, jobs[-1] if jobs else "")
@@ -75,6 +81,9 @@ def submit(script: Script) -> list[str]:
             raise UserError(f"sbatch refused {script.path}: {error.stderr.strip()}{already}") from error
         # With --parsable: the number, and behind a semicolon the cluster where there are several.
         jobs.append(done.stdout.strip().partition(";")[0])
+        # After each one, since the first may start, and the next be refused, before all are submitted.
+        before = noted.read_text(encoding="utf-8") if noted.is_file() else ""
+        replace_text(noted, f"{before}{jobs[-1]}\n")
     return jobs
 
 

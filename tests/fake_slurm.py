@@ -15,7 +15,7 @@ from pathlib import Path
 SBATCH = """#!{python}
 import os, pathlib, sys
 spool = pathlib.Path(os.environ["FAKE_SLURM"])
-if (spool / "refuse").exists():
+if (spool / "refuse").exists() and len(list(spool.glob("job.*"))) >= int(os.environ.get("REFUSE_AFTER", "0")):
     sys.exit("sbatch: error: invalid partition specified: " + (spool / "refuse").read_text())
 number = len(list(spool.glob("job.*"))) + 1
 (spool / f"job.{{number}}").write_text("\\n".join(sys.argv[1:]))
@@ -35,9 +35,12 @@ else:
     sys.exit(f"scontrol: {{sys.argv[1:]}} is not known here")
 """
 SQUEUE = """#!{python}
-import os, pathlib
+import os, pathlib, sys
 waiting = pathlib.Path(os.environ["FAKE_SLURM"], "waiting")
-print(waiting.read_text() if waiting.exists() else "")
+wanted = [word.partition("=")[2].split(",") for word in sys.argv if word.startswith("--jobs=")]
+for job in waiting.read_text().split() if waiting.exists() else []:
+    if not wanted or job in wanted[0]:
+        print(job)
 """
 SCANCEL = """#!{python}
 import os, pathlib, sys

@@ -8,6 +8,7 @@ that ends, however it ends.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import logging
 import os
@@ -34,6 +35,9 @@ _BYE, _LOST, _FAILED = b"b", b"l", b"f"
 _CONNECT_SECONDS = 20.0
 _WORD_SECONDS = 2.0  # a stranger that says nothing must not keep the watching thread
 _LINGER_SECONDS = 10.0  # for the good-byes of others
+# A host that is gone closes nothing: after a minute of silence it is asked every 15 s, and lost after four questions.
+_KEEP_ALIVE = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4))
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 # Stages that follow each other in the same processes share their store.
 _NUMBERS = itertools.count()
 
@@ -56,6 +60,7 @@ class PeerWatch:
         self._selector = selectors.DefaultSelector()
         self._connections: set[socket.socket] = set()
         self._closing = threading.Event()
+        self._full: socket.socket | None = None
 
     def __enter__(self) -> PeerWatch:
         if self._store is None:
@@ -98,8 +103,17 @@ class PeerWatch:
         self._add(connection)
 
     def _accept(self, listener: socket.socket) -> None:
-        with suppress(OSError):
+        try:
             connection, _ = listener.accept()
+        except OSError as error:
+            if error.errno in _EXHAUSTED:
+                # Who knocks stays at the door, and would be reported again at once, forever. The listener is kept open:
+                # closing it would tell those who wait that this process has ended.
+                log.warning("rank %d does not hear of the end of all other processes: %s", self.rank, error)
+                self._selector.unregister(listener)
+                self._full = listener
+            return
+        with suppress(OSError):
             connection.settimeout(_WORD_SECONDS)
             try:
                 word = connection.recv(len(self._token), socket.MSG_WAITALL)
@@ -112,6 +126,9 @@ class PeerWatch:
 
     def _add(self, connection: socket.socket) -> None:
         connection.settimeout(None)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in _KEEP_ALIVE:
+            connection.setsockopt(socket.IPPROTO_TCP, option, value)
         self._connections.add(connection)
         self._selector.register(connection, selectors.EVENT_READ)
 

@@ -14,8 +14,9 @@ LICENCE = re.compile(
     r"ask the owner|CC BY(-NC)?(-SA)?( \d\.\d)?|CC0 1\.0|ODC-BY 1\.0|CDLA-Permissive \d\.\d|Apache-2\.0|MIT|GPL-3\.0"
     r"|Ego4D licence, signed|its own, not for commercial use"
 )
-WORDS = {"Captions", "Actions", "Grounding in time", "As questions that a model wrote"}
-"""What stands in the comments besides names."""
+QUESTIONS = "As questions that a model wrote"
+WORDS = {"Captions", "Actions", "Grounding in time", QUESTIONS}
+"""What stands in the comments besides names. Behind `QUESTIONS` not the sets are meant but what was made of them."""
 
 
 @dataclass(frozen=True)
@@ -59,15 +60,15 @@ def commented(stage: int) -> dict[str, str]:
 
 def named(comment: str) -> dict[str, str]:
     """Names in a comment with what their mark says of them; a mark before a colon holds for the names behind it."""
-    found, general = {}, ""
+    found, general, made = {}, "", ""
     for chunk in re.split(r"[,;.:](?![^(]*\))(?:\s|$)", comment):
         name = re.sub(r"\([^)]*\)", "", chunk).strip()
         marks = re.findall(r"\(([^)]*)\)", chunk)
         mark = next((m for m in reversed(marks) if re.match(r"v2|request|not public", m)), "")
         if name in WORDS:
-            general = mark
+            general, made = mark, "questions on " if name == QUESTIONS else ""
         elif name:
-            found[_plain(name)] = mark or general
+            found[_plain(f"{made}{name}")] = mark or general
     return found
 
 

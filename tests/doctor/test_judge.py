@@ -1,10 +1,14 @@
 """Which nodes are bad, from what nodes say, and reading what nvidia-smi says."""
 
+import errno
+import fcntl
 import json
+import threading
 from dataclasses import asdict, replace
 
 import pytest
 
+from launch.site import read_excluded
 from nemovl_train.doctor.exclude import add_excluded
 from nemovl_train.doctor.facts import Gpu, NodeFacts, collect_facts, parse_gpus, parse_links, write_rate
 from nemovl_train.doctor.judge import as_document, as_text, judge
@@ -124,6 +128,40 @@ def test_bad_nodes_are_added_once(tmp_path):
     lines = path.read_text().splitlines()
     assert [line.split("  #")[0] for line in lines] == ["node3", "node4"]
     assert lines[1].endswith("gone")
+
+
+def test_a_list_that_ends_in_half_a_line_keeps_its_names(tmp_path):
+    path = tmp_path / "bad.txt"
+    path.write_text("node7")
+    add_excluded(path, {"node9": ["slow"]})
+    assert read_excluded(path) == ["node7", "node9"]
+    add_excluded(path, {"node7": ["slow"]})
+    assert len(path.read_text().splitlines()) == 2
+
+
+def test_runs_that_share_a_list_take_turns(tmp_path):
+    """The other run adds the same node while this one waits."""
+    path = tmp_path / "bad.txt"
+    added = []
+    with path.open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        mine = threading.Thread(target=lambda: added.append(add_excluded(path, {"node3": ["slow"]})))
+        mine.start()
+        mine.join(0.3)
+        assert mine.is_alive(), "it waits for the other run"
+        other.write("node3  # seen by the other run\n")
+    mine.join(10)
+    assert added == [[]]
+    assert path.read_text() == "node3  # seen by the other run\n"
+
+
+def test_a_file_system_without_locks_takes_names_all_the_same(tmp_path, monkeypatch, caplog):
+    def refused(file, kind):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    assert add_excluded(tmp_path / "bad.txt", {"node3": ["slow"]}) == ["node3"]
+    assert "cannot be locked: No locks available" in caplog.text
 
 
 def test_a_machine_with_a_dead_link_fails(monkeypatch):

@@ -2,9 +2,11 @@
 
 import functools
 import json
+import os
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -94,6 +96,8 @@ def test_kinds_of_nodes_and_containers(tmp_path, monkeypatch):
     assert {"--nodes=6", "--partition=a"} <= set(directives(first))
     assert set(directives(second)) >= {"--nodes=2", "--partition=b", "--constraint=h100", "--gpus-per-node=8"}
     assert "--het-group=0,1" in text
+    left_out = rendered(*VARIANTS["two kinds"], "slurm.exclude=[bad1]").split("#SBATCH hetjob")
+    assert ["--exclude=bad1" in directives(part) for part in left_out] == [True, True]
     assert "--container-image=/x/nemovl.sqsh --container-mounts=/data:/data:ro" in rendered(*VARIANTS["pyxis"])
     assert f"apptainer exec --nv --bind /data:/data --pwd {tmp_path} nemovl.sif python -m launch.node" in rendered(
         *VARIANTS["apptainer"]
@@ -149,6 +153,10 @@ def test_all_problems_of_a_site_come_together(tmp_path):
     assert len(caught.value.problems) == 6, text
     for part in ("did you mean partition?", "nearest: 1800", "did you mean gres?", "slurm.exclude_file=", "nodes=0"):
         assert part in text, part
+    for options in (["slurm.exclude_file=bad.txt"], ["slurm.preflight=true"]):
+        with pytest.raises(ConfigError, match=r"first component alone; name nodes in slurm\.exclude") as caught:
+            load_site(None, ["slurm.components=[{nodes: 1}]", *options])
+        assert len(caught.value.problems) == 1
     with pytest.raises(ConfigError, match="cannot be read"):
         load_site(tmp_path / "absent.yaml", [])
 
@@ -212,12 +220,14 @@ def test_slices_as_an_array_are_one_submission(slurm, capsys):
 @pytest.mark.parametrize("form", ["chain", "array"])
 def test_slices_that_are_not_needed_any_more_are_taken_out_of_the_queue(slurm, tmp_path, monkeypatch, form):
     end = functools.partial(end_with, slurm, tmp_path, monkeypatch)
-    more = ["slurm.slices=5", f"slurm.slice_jobs={form}"]
+    more = ["slurm.slices=3", f"slurm.slice_jobs={form}"]
+    # The second launch has the numbers 4 to 6, or 2 as an array; of those of another run there are more than of these.
+    waiting = "2\n" if form == "array" else "5\n6\n"
+    (slurm.spool / "waiting").write_text(f"90\n{waiting}91\n")
     assert end(code=0, report=75, extra=more)[0] == 75
     assert not slurm.said("cancelled"), "there is more to do"
     assert end(code=0, report=0, extra=more)[0] == 0
-    assert "--state=PENDING" in (cancelled := slurm.said("cancelled"))
-    assert "--name=nemovl" in cancelled
+    assert slurm.said("cancelled").split() == ["--state=PENDING", *waiting.split()]
     assert end(code=1, report=2, extra=more)[0] == 2
     assert slurm.said("cancelled"), "a bad config would end every one of them"
     script = Path(slurm.submitted()[-1][-1])
@@ -227,6 +237,29 @@ def test_slices_that_are_not_needed_any_more_are_taken_out_of_the_queue(slurm, t
         assert slurm.run(script, restart, lambda: False, timeout_s=20)[0] == 1
         counts.append(bool(slurm.said("cancelled")))
     assert counts == [False, False, False, True, True], "slices share the count of failures in a row"
+
+
+def test_without_a_job_of_this_run_nothing_is_taken_out_of_the_queue(slurm, tmp_path, monkeypatch):
+    """scancel with a state and no number means every waiting job of the user."""
+    (slurm.spool / "waiting").write_text("90\n")
+    assert end_with(slurm, tmp_path, monkeypatch, code=0, report=0, extra=["slurm.slices=2"])[0] == 0
+    script = Path(slurm.submitted()[-1][-1])
+    for text in ("", None):
+        noted = script.parent / "jobs"
+        noted.unlink() if text is None else noted.write_text(text)
+        assert slurm.run(script, 1, lambda: False, timeout_s=20)[0] == 0
+    assert slurm.said("cancelled") == ""
+
+
+def test_a_launch_notes_its_jobs_as_it_gets_them(slurm, tmp_path, monkeypatch, capsys):
+    noted = tmp_path / "runs/tiny/stage1_sft_16k/slurm/jobs"
+    assert cli.main(["launch", "slurm", *TINY]) == 0
+    assert noted.read_text() == "1\n"
+    (slurm.spool / "refuse").write_text("batch")
+    monkeypatch.setenv("REFUSE_AFTER", "3")
+    assert cli.main(["launch", "slurm", *TINY, "slurm.slices=4"]) == 2
+    assert "submitted before that: 2 3" in capsys.readouterr().err
+    assert noted.read_text() == "1\n2\n3\n"
 
 
 def test_errors_of_sbatch_are_one_message(slurm, capsys, monkeypatch):
@@ -242,7 +275,7 @@ NODE = """#!/usr/bin/env bash
 # Stands for the interpreter on a node: leaves the exit codes that the test wants.
 case "$*" in
 *doctor.preflight*) exit "$PREFLIGHT" ;;
-*doctor.stragglers*) exit 0 ;;
+*doctor.stragglers*) exec sleep "${STRAGGLERS_SLEEP:-0}" ;;
 esac
 while [ "$1" != --report ]; do shift; done
 [ -z "$REPORT" ] || echo "$REPORT" >"$2"
@@ -279,15 +312,53 @@ def test_refused_nodes_are_left_out_of_a_new_job(slurm, tmp_path, monkeypatch):
     named = [*options, "slurm.exclude=[node1]"]
     ended, requeued, log = end_with(slurm, tmp_path, monkeypatch, preflight=1, extra=named)
     assert (ended, requeued) == (1, False)
-    assert "without node1,node3,node7" in log
-    assert slurm.submitted()[-1][0] == "--exclude=node1,node3,node7"
+    assert "going on without node1,node3,node7" in log
+    assert slurm.submitted()[-1][:2] == ["--parsable", "--exclude=node1,node3,node7"]
     script = Path(slurm.submitted()[-1][-1])
     assert "#SBATCH --exclude=node1,node7,node3" in script.read_text()  # a later launch leaves them out as well
-    monkeypatch.setenv("NEMOVL_MOVES", "3")
+    assert (script.parent / "jobs").read_text() == "1\n2\n", "the launch's own and the script's"
+
+
+def again(slurm, **values) -> tuple[int, int, str]:
+    """Run the last submitted script again: exit code, jobs that it submitted, log."""
+    for name, value in values.items():
+        os.environ[name] = str(value)  # undone by the fixtures: `end_with` has set them with monkeypatch
     before = len(slurm.submitted())
-    end_with(slurm, tmp_path, monkeypatch, preflight=1, extra=options)
-    assert len(slurm.submitted()) == before + 1  # the test's own submission alone: no fourth move
-    assert end_with(slurm, tmp_path, monkeypatch, preflight=0, report=0, extra=options)[0] == 0
+    code, log = slurm.run(Path(slurm.submitted()[-1][-1]), 1, lambda: False, timeout_s=20)
+    return code, len(slurm.submitted()) - before, log
+
+
+def test_moves_are_counted_in_a_row(slurm, tmp_path, monkeypatch):
+    options = ["slurm.preflight=true", f"slurm.exclude_file={tmp_path}/bad.txt", "slurm.max_failures=1"]
+    (tmp_path / "bad.txt").write_text("node7\n")
+    assert end_with(slurm, tmp_path, monkeypatch, preflight=1, extra=options)[0] == 1
+    ended, submitted, log = again(slurm)
+    assert (ended, submitted) == (1, 0), "the preflight ends the job at the limit"
+    assert "going on" not in log
+    assert "after 1 of at most 1 in a row" in log
+    for report in (75, 0):
+        assert again(slurm, PREFLIGHT=0, REPORT=report)[:2] == (report, 0)
+        assert again(slurm, PREFLIGHT=1)[:2] == (1, 1), "a slice that ended well starts the count anew"
+    assert end_with(slurm, tmp_path, monkeypatch, preflight=1, extra=options)[0] == 1
+    assert len(slurm.submitted()) == 6, "and so does a launch"
+
+
+def test_a_slow_node_never_ends_a_run(slurm, tmp_path, monkeypatch):
+    """Even where no failure is allowed the first one is left out; when another job gets it too, that one goes on."""
+    (tmp_path / "bad.txt").write_text("localhost  # slow\n")
+    options = [f"slurm.exclude_file={tmp_path}/bad.txt", "slurm.max_failures=0"]
+    ended, _, log = end_with(slurm, tmp_path, monkeypatch, report=75, extra=options)
+    assert ended == 1
+    assert "going on without localhost" in log
+    assert len(slurm.submitted()) == 2
+    ended, submitted, log = again(slurm)
+    assert (ended, submitted) == (75, 0)
+    assert "going on with localhost" in log
+    assert "going on without" not in log
+    (slurm.spool / "refuse").write_text("batch")
+    ended, submitted, log = again(slurm)
+    assert (ended, submitted) == (75, 0), "no other job to be had"
+    assert "sbatch took no other job" in log
 
 
 def test_a_job_that_waited_while_its_nodes_were_excluded_makes_room_for_another(slurm, tmp_path, monkeypatch):
@@ -299,7 +370,7 @@ def test_a_job_that_waited_while_its_nodes_were_excluded_makes_room_for_another(
     code, log = slurm.run(script, 1, lambda: False, timeout_s=20)
     assert code == 1
     assert "given localhost" in log
-    assert slurm.submitted()[-1][0] == "--exclude=localhost,node9"
+    assert slurm.submitted()[-1][1] == "--exclude=localhost,node9"
     (tmp_path / "bad.txt").write_text("node9\n")
     assert slurm.run(script, 2, lambda: False, timeout_s=20)[0] == 0
 
@@ -307,14 +378,18 @@ def test_a_job_that_waited_while_its_nodes_were_excluded_makes_room_for_another(
 def test_slices_in_the_queue_learn_of_refused_nodes(slurm, tmp_path, monkeypatch):
     options = ["slurm.preflight=true", f"slurm.exclude_file={tmp_path}/bad.txt", "slurm.slices=3"]
     (tmp_path / "bad.txt").write_text("node7\nnode3\n")
-    (slurm.spool / "waiting").write_text("41\n42\n41\n")
-    before = len(slurm.submitted())
+    (slurm.spool / "waiting").write_text("2\n3\n41\n2\n")  # 41 is of another run
     assert end_with(slurm, tmp_path, monkeypatch, preflight=1, extra=options)[0] == 1
     assert slurm.said("updates").splitlines() == [
-        "JobId=41 ExcNodeList=node3,node7",
-        "JobId=42 ExcNodeList=node3,node7",
+        "JobId=2 ExcNodeList=node3,node7",
+        "JobId=3 ExcNodeList=node3,node7",
     ]
-    assert len(slurm.submitted()) == before + 3, "the launch's own; no job beside them"
+    assert len(slurm.submitted()) == 3, "the launch's own; no job beside them"
+    (slurm.spool / "waiting").unlink()
+    ended, _, log = again(slurm, PREFLIGHT=1)
+    assert ended == 1
+    assert "no slice waits" in log
+    assert "going on" not in log
 
 
 def test_the_script_asks_for_slow_nodes_after_a_run(slurm, tmp_path, monkeypatch, capsys):
@@ -326,6 +401,13 @@ def test_the_script_asks_for_slow_nodes_after_a_run(slurm, tmp_path, monkeypatch
     assert "nemovl_train.train" in calls[0]
     folder = tmp_path / "runs/tiny/stage1_sft_16k"
     assert calls[1] == f"-m nemovl_train.doctor.stragglers {folder} --exclude-file {tmp_path}/bad.txt"
+    # One that hangs, as on a file system that does, keeps the job from its next turn for a limited time alone.
+    monkeypatch.setenv("STRAGGLERS_SLEEP", "15")
+    monkeypatch.setenv("NEMOVL_STRAGGLERS_SECONDS", "0.3")
+    began = time.monotonic()
+    assert again(slurm)[0] == 75
+    assert slurm.requeued()
+    assert time.monotonic() - began < 12
     capsys.readouterr()
     assert cli.main(["launch", "slurm", *TINY, "slurm.exclude_stragglers=true", "--dry-run"]) == 2
     assert "exclude_stragglers=true needs a file" in capsys.readouterr().err

@@ -1,12 +1,18 @@
 """The end of one process ends those that wait for it where no error reaches them."""
 
 import os
+import resource
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
+
+from nemovl_train.training.peers import PeerWatch
 
 ROOT = Path(__file__).parents[2]
 RANKS = 3
@@ -74,3 +80,55 @@ def test_the_others_end(tmp_path, how, first):
         assert "ended" not in done.stderr
     else:
         assert done.stderr.count("ended because another process did") == RANKS - 1
+
+
+@pytest.fixture
+def pair(monkeypatch):
+    """Two watches that share a key, as those of two processes would."""
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    store = dist.HashStore()
+    first, second = PeerWatch(0, 2, store), PeerWatch(1, 2, store)
+    second._key = first._key
+    first._listen(store)
+    yield first, second, store
+    for watch in (first, second):
+        for key in list(watch._selector.get_map().values()):
+            key.fileobj.close()
+        watch._selector.close()
+
+
+def test_a_host_that_vanished_is_asked_for(pair):
+    """Without questions of the kernel's own, nothing tells a silent connection from a dead one."""
+    first, second, store = pair
+    (listener,) = (key.fileobj for key in first._selector.get_map().values())
+    knock = threading.Thread(target=second._connect, args=(store,))
+    knock.start()
+    first._accept(listener)
+    knock.join()
+    for watch in (first, second):
+        (connection,) = watch._connections
+        assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+        assert [connection.getsockopt(socket.IPPROTO_TCP, option) for option in options] == [60, 15, 4]
+
+
+def test_a_process_out_of_files_says_so_and_does_not_spin(pair, caplog):
+    first, second, store = pair
+    second._connect(store)
+    (listener,) = (key.fileobj for key in first._selector.get_map().values())
+    assert first._selector.select(timeout=5)
+    lowest = os.open("/dev/null", os.O_RDONLY)
+    os.close(lowest)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))  # no number is left for another file
+    try:
+        first._accept(listener)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert "does not hear of the end of all other processes: [Errno 24]" in caplog.text
+    assert first._selector.select(timeout=0) == [], "the loop would be woken again and again"
+    (connection,) = second._connections
+    connection.settimeout(0.2)
+    with pytest.raises(TimeoutError):  # and not that the first process is gone
+        connection.recv(1)
+    listener.close()
