@@ -128,7 +128,10 @@ class Dataset:
         folder = str(path)
         info = read_info(folder, read)
         if split not in info["splits"]:
-            raise DataError(f"{folder} has no split {split!r}; it has {', '.join(sorted(info['splits']))}")
+            raise DataError(
+                f"{folder} has no split {split!r}; it has {', '.join(sorted(info['splits']))}; "
+                "`nemovl data import ... --heldout 0.1` makes a split `heldout`"
+            )
         differences = _differences(info, rules, tokenizer)
         _refuse(folder, {name: text for name, text in differences.items() if name not in VIDEO_RULES})
         dataset = cls(folder, split, info, read or ReadConfig())

@@ -93,7 +93,8 @@ class SlurmConfig:
         exclude_stragglers: Add nodes that the others waited for all along, by the run's own metrics, after every slice.
         stagger_seconds: Seconds between the starts of two nodes, so that not all read the same files at once.
         caches: Folder on a node's own disk for compiled kernels.
-        python: Interpreter, as the nodes or the container know it.
+        python: Interpreter, as the nodes or the container know it; empty for the one that renders the script, or for
+            `python` where a container starts.
         workdir: Folder where the job starts; the current one when empty.
         environment: Variables to set.
         container: How the software reaches the nodes.
@@ -122,7 +123,7 @@ class SlurmConfig:
     exclude_stragglers: bool = False
     stagger_seconds: float = 0.2
     caches: str = "/tmp/nemovl-caches"  # noqa: S108  a cache that anyone may lose
-    python: str = "python"
+    python: str = ""
     workdir: str = ""
     environment: dict[str, str] = field(default_factory=dict)
     container: ContainerConfig = field(default_factory=ContainerConfig)
@@ -253,11 +254,10 @@ def _patterns(site: SlurmConfig) -> Iterator[str]:
             yield from _fits(f"{prefix}constraint", part.constraint, _CONSTRAINT, "features joined by & or |")
     for name in site.exclude:
         yield from _fits("exclude", name, _HOSTS, "names of nodes")
-    for key in ("workdir", "exclude_file"):
+    for key in ("workdir", "exclude_file", "python"):
         if value := getattr(site, key):
             yield from _fits(key, value, _PATH, "a path")
-    for key in ("caches", "python"):
-        yield from _fits(key, getattr(site, key), _PATH, "a path")
+    yield from _fits("caches", site.caches, _PATH, "a path")
     if not _TIME.fullmatch(site.time):
         yield f"time={site.time!r}: write [DAYS-]HOURS:MINUTES:SECONDS, such as 4:00:00"
     choosable = (("gpu_request", GPU_REQUESTS), ("slice_jobs", SLICE_JOBS), ("container.runtime", RUNTIMES))

@@ -1,6 +1,7 @@
 """SLURM scripts, rendered: a pure function of a checked recipe and a site's options."""
 
 import shlex
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -58,7 +59,7 @@ def render(program: Program, site: SlurmConfig, *, nodes: int, per_node: int, wo
             srun=list(_srun(site)),
             srun_alone=list(_srun_alone(site)),
             enter=list(_enter(site, start)),
-            python=site.python,
+            python=site.python or (sys.executable if site.container.runtime == "none" else "python"),
             nproc=per_node,
             nnodes=nodes,
             caches=site.caches,

@@ -22,7 +22,7 @@ def local_folder(source: str) -> Path:
     if not source.startswith("hf:"):
         path = Path(source)
         if not path.is_dir():
-            raise ConversionError(f"{path} is not a folder")
+            raise ConversionError(f"{path} is not a folder; a repository is hf:ORGANISATION/NAME")
         return path
     match = _HUB.fullmatch(source)
     if match is None:
