@@ -15,6 +15,7 @@ from typing import Any
 
 from data_pipelines.exceptions import DataError
 from data_pipelines.importers.conversations import Draft, as_list
+from data_pipelines.media.kinds import suffix_kind
 from data_pipelines.schema import MEDIA_KINDS
 
 BOX_FORMATS = ("xyxy", "xywh")
@@ -26,7 +27,10 @@ ALIASES: dict[str, tuple[str, ...]] = {
         *("image", "images", "img", "file_name", "file_names", "filename", "image_name", "image_path", "image_file"),
         *("photo", "picture", "jpg", "jpeg", "png", "webp"),
     ),
-    "video": ("video", "videos", "video_path", "mp4", "webm", "mkv", "mov", "avi"),
+    "video": (
+        *("video", "videos", "video_path", "video_file_name", "video_name", "video_file"),
+        *("mp4", "webm", "mkv", "mov", "avi"),
+    ),
     "question": ("question", "questions", "query", "prompt", "instruction", "problem", "context"),
     "answer": ("answer", "answers", "response", "output", "solution", "completion"),
     "caption": ("caption", "captions", "description", "txt"),
@@ -121,20 +125,35 @@ class Columns:
         return list(value)
 
     def _find(self, role: str) -> str | None:
-        names = (self.options.columns[role],) if role in self.options.columns else ALIASES[role]
-        return next((n for n in names if self.values.get(n) not in (None, "", [])), None)
+        return next((n for n in self._columns(role) if self.values[n] not in (None, "", [])), None)
 
     def named(self, role: str) -> str | None:
         """Column for a role, though it may be empty."""
+        return self._find(role) or next(iter(self._columns(role)), None)
+
+    def _columns(self, role: str) -> list[str]:
+        """Columns of the row that may hold a role, the likeliest first."""
+        said = self.options.columns
+        if role not in MEDIA_KINDS:
+            return self._called(role)
+        # The names of the image role are also those of any file: its extension says what it is.
+        images = [name for name in self._called("image") if name != said.get("video")]
+        if role == "image":
+            return [name for name in images if not _all_videos(self.values[name])]
+        clips = [] if "video" in said else [name for name in images if _all_videos(self.values[name])]
+        return self._called("video") + clips
+
+    def _called(self, role: str) -> list[str]:
         names = (self.options.columns[role],) if role in self.options.columns else ALIASES[role]
-        return self._find(role) or next((n for n in names if n in self.values), None)
+        return [name for name in names if name in self.values]
 
     def media(self) -> list[dict[str, Any]]:
         """Every image and video of the row as content items, references still open."""
         items = []
         for kind in ("image", "video"):
             if self.has(kind):
-                items += [{"type": kind, "ref": reference} for reference in as_list(self.get(kind))]
+                references = as_list(self.get(kind))
+                items += [{"type": "video" if _is_video(r) else kind, "ref": r} for r in references]
         return items
 
     def prompt(self, task: str, **words: str) -> str:
@@ -145,6 +164,18 @@ class Columns:
 
     def _medium(self) -> str:
         return "video" if self.has("video") else "image"
+
+
+def _is_video(reference: Any) -> bool:
+    """Whether what a row says about a medium is the name of a video file."""
+    if isinstance(reference, Mapping):
+        reference = reference.get("path")
+    return isinstance(reference, str) and suffix_kind(reference) == "video"
+
+
+def _all_videos(value: Any) -> bool:
+    references = as_list(value)
+    return bool(references) and all(_is_video(reference) for reference in references)
 
 
 def _plain(value: Any) -> str:

@@ -180,3 +180,12 @@ def test_conversations_with_tools_from_three_shapes(tmp_path, lines, bring, impo
     broken = {**openai, "messages": [*openai["messages"][:1], {"role": "tool", "content": "3"}, openai["messages"][3]]}
     with pytest.raises(DataError, match="answers no call"):
         bring(lines(tmp_path / "broken.jsonl", [broken]), tmp_path / "broken")
+
+
+@pytest.mark.parametrize("columns", [{}, {"video": "file_name"}])
+def test_a_folder_of_clips(tmp_path, lines, bring, imported, clip, columns):
+    source = tmp_path / "clips"
+    lines(source / "metadata.jsonl", [{"file_name": "c.mp4", "question": "q?", "answer": "a"}])
+    (source / "c.mp4").write_bytes(clip())
+    assert bring(source, allow_text=False, columns=columns)["format"] == "folder"
+    assert imported()[0][0]["messages"][0]["content"][0]["type"] == "video"

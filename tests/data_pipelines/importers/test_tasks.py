@@ -118,3 +118,21 @@ def test_task_follows_from_columns():
     assert chosen("image", "question", "answer", "caption") == "vqa"
     assert chosen("image", "bbox", "phrase") == "grounding"
     assert chosen("video", "start_time", "end_time", "query") == "temporal"
+
+
+def test_a_file_is_a_video_where_its_extension_says_so():
+    asked = {"question": "q", "answer": "a"}
+    for suffix in ("mp4", "MOV", "mkv", "webm", "avi"):
+        for column in ("file_name", "image", "video_file_name"):
+            assert media({column: f"c.{suffix}", **asked}) == [("video", f"c.{suffix}")]
+    assert media({"file_name": "c.jpg", **asked}) == [("image", "c.jpg")]
+    assert media({"images": ["c.mp4", "c.jpg"], **asked}) == [("video", "c.mp4"), ("image", "c.jpg")]
+    assert media({"file_name": "c.mp4", "video": "d.mp4", **asked}) == [("video", "d.mp4")]
+    assert "video" in pairs({"file_name": "c.mp4", "caption": "c"})[0][0]
+    assert pairs({"file_name": "c.mp4", "query": "q", "start": 1, "end": 2})[0][1] == "From 1.0 to 2.0 seconds."
+
+
+def test_a_column_named_for_videos_holds_no_image():
+    options = ColumnOptions(columns={"video": "file_name"})
+    draft = draft_of_columns({"file_name": "c.bin", "question": "q", "answer": "a"}, options, "key", lambda _: (8, 8))
+    assert [(i["type"], i.get("ref")) for i in draft.messages[0]["content"][:-1]] == [("video", "c.bin")]
