@@ -189,3 +189,16 @@ def test_a_folder_of_clips(tmp_path, lines, bring, imported, clip, columns):
     (source / "c.mp4").write_bytes(clip())
     assert bring(source, allow_text=False, columns=columns)["format"] == "folder"
     assert imported()[0][0]["messages"][0]["content"][0]["type"] == "video"
+
+
+def test_two_kinds_of_metadata_are_refused_by_name(photos, lines, bring, tmp_path):
+    lines(photos / "metadata.jsonl", rows())
+    (photos / "metadata.csv").write_text("image,question,answer\np0.jpg,q,a\n")
+    with pytest.raises(
+        DataError, match=r"metadata.jsonl and .*metadata.csv both .* import .*photos/metadata.csv --out"
+    ):
+        bring(photos)
+    assert not (tmp_path / "imported").exists()
+    assert bring(photos / "metadata.csv", tmp_path / "one")["rows"] == 1
+    (photos / "metadata.csv").rename(photos / "old.csv")
+    assert bring(photos)["rows"] == 4
