@@ -209,3 +209,12 @@ def test_an_option_that_names_no_column_of_a_table(photos, bring):
     with pytest.raises(DataError, match=r"--column image=foto: there is no column 'foto'; the columns are File, Que"):
         bring(photos, allow_text=False, columns={"image": "foto"})
     assert bring(photos, allow_text=False)["splits"]["train"]["tiles"] == 1
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_a_medium_without_bytes_is_called_empty(kind):
+    from data_pipelines.media.image import image_size
+    from data_pipelines.media.video import probe
+
+    with pytest.raises(DataError, match=rf"^{kind} file is empty \(0 bytes\)$"):
+        (image_size if kind == "image" else probe)(b"")
