@@ -1,6 +1,7 @@
 """What somebody new gets wrong with a folder or table of their own, and what the import says to it."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -218,3 +219,13 @@ def test_a_medium_without_bytes_is_called_empty(kind):
 
     with pytest.raises(DataError, match=rf"^{kind} file is empty \(0 bytes\)$"):
         (image_size if kind == "image" else probe)(b"")
+
+
+def test_the_list_of_rejected_rows_is_where_the_error_says(photos, lines, bring):
+    (photos / "p1.jpg").write_bytes(b"")
+    lines(photos / "metadata.jsonl", rows())
+    with pytest.raises(DataError, match=r"All are listed in \S+/units/\*/rejected.jsonl\.") as caught:
+        bring(photos)
+    folder, _, pattern = str(caught.value).partition("listed in ")[2].partition(". Repair")[0].partition("/units/")
+    (listed,) = Path(folder).glob(f"units/{pattern}")
+    assert json.loads(listed.read_text())["message"] == "image 'p1.jpg' is empty (0 bytes); copy it again"
