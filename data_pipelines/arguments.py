@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from data_pipelines.exceptions import DataError
+from data_pipelines.exceptions import DataError, no_dataset
 
 type Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
@@ -41,7 +41,4 @@ def check_dataset(folder: Path) -> None:
         DataError: With the command that makes one of it.
     """
     if not (folder / "dataset.json").is_file():
-        check_exists(folder)
-        raise DataError(
-            f"{folder} is not a dataset folder yet: nemovl data import {folder} --out DATASET --tokenizer FOLDER"
-        )
+        raise no_dataset(folder, exists=folder.exists())

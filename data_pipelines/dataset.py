@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_pipelines.config import ReadConfig
-from data_pipelines.exceptions import DataError
+from data_pipelines.exceptions import DataError, no_dataset
 from data_pipelines.manifest import (
     FORMAT_VERSION,
     INDEX_COLUMNS,
@@ -352,6 +352,10 @@ def read_info(folder: object, read: ReadConfig | None = None) -> dict[str, Any]:
     try:
         data = PatientReader(read or ReadConfig(), storage).call(path, lambda: storage.read("dataset.json"))
     except DataError as error:
+        place = storage.local("")
+        # The disk answered that the file is not there, so it may be asked about the folder.
+        if place is not None and "FileNotFoundError" in str(error):
+            raise no_dataset(folder, exists=os.path.isdir(place)) from error
         raise DataError(f"no dataset at {folder}: {error}") from error
     try:
         info = json.loads(data)

@@ -9,7 +9,7 @@ from data_pipelines.importers.conversations import Draft, draft_of, has_conversa
 from data_pipelines.importers.formats import FORMATS
 from data_pipelines.importers.references import MediaFinder
 from data_pipelines.importers.rows import Row
-from data_pipelines.importers.tasks import ColumnOptions, draft_of_columns
+from data_pipelines.importers.tasks import ColumnOptions, Columns, draft_of_columns
 from data_pipelines.media.image import image_size
 from data_pipelines.media.kinds import content_suffix, suffix_kind
 from data_pipelines.schema import MEDIA_KINDS, validate_record
@@ -94,6 +94,8 @@ class Converter:
         likely = next(((name, value) for name, value in row.values.items() if _is_medium(value)), None)
         if likely is None and not FORMATS[self.format_name].media:
             return
+        if absent := Columns(row.values, self.columns, "").absent():
+            raise DataError(f"the row has no image or video; {absent}")
         advice = "name its column with --column image=COLUMN or video=COLUMN"
         if likely is not None:
             name, value = likely

@@ -55,9 +55,18 @@ def _json_or_csv(source: Path) -> Reader:
     """The metadata file of a folder of media."""
     if source.is_file():
         return CsvReader() if source.suffix.lower() in CSV_SUFFIXES else JsonReader()
-    if next(source.rglob(METADATA_JSON), None):
+    as_json, as_csv = (
+        [path for path in files_with(source, (Path(name).suffix,)) if path.name == name]
+        for name in (METADATA_JSON, METADATA_CSV)
+    )
+    if as_json and as_csv:
+        raise DataError(
+            f"{as_json[0]} and {as_csv[0]} both say what to learn, and one import reads one kind: remove or rename "
+            f"the one that is not meant, or import each by its own name: nemovl data import {as_csv[0]} --out ..."
+        )
+    if as_json:
         return JsonReader((METADATA_JSON,))
-    if next(source.rglob(METADATA_CSV), None):
+    if as_csv:
         return CsvReader((METADATA_CSV,))
     return JsonReader() if files_with(source, JSON_SUFFIXES) else CsvReader()
 

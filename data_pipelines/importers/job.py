@@ -118,7 +118,7 @@ def run_import(options: ImportOptions) -> dict[str, Any]:
             units = _with_heldout(units) if options.heldout else units
             tars = _media_tars(options, source, format_name)
             _claim(folder, options, _identity(options, source, format_name, units, tars))
-            _forget_missing_media(folder, options, len(units))
+            _forget_bad_media(folder, options, units)
             work_options = _work_options(options, source, folder, format_name, tars)
             results = _all_units(options, work_options, units)
             repeats = find_repeats(folder, results)
@@ -243,20 +243,27 @@ def _claim(folder: Path, options: ImportOptions, job: dict[str, Any]) -> None:
     write_synced(path, json.dumps(job).encode())
 
 
-def _forget_missing_media(folder: Path, options: ImportOptions, units: int) -> None:
-    """Drop finished units that lack media where too much was rejected: the user may have brought them since.
+def _forget_bad_media(folder: Path, options: ImportOptions, units: Sequence[Unit]) -> None:
+    """Drop finished units with bad media where too much was rejected: the user may have brought or mended them since.
 
     Where the share is small enough, what was finished stays: a continued import would do most of its work again.
     """
-    done = [result for number in range(units) if (result := work.finished(folder, number)) is not None]
-    kept = len(done)
+    done = [result for number in range(len(units)) if (result := work.finished(folder, number)) is not None]
+    again: set[Unit] = set()
     if _too_bad(options, done) and not (folder / work.FINAL).exists():
-        for result in done:
-            if result.rejected and work.lacks_media(folder, result.number):
-                shutil.rmtree(work.unit_folder(folder, result.number))
-                kept -= 1
+        blamed = (r.number for r in done if r.rejected and work.media_to_blame(folder, r.number))
+        again = {_rows_of(units[number]) for number in blamed}
+    # The held-out twin of a unit lacks the same rows, though it does not tell of them.
+    dropped = [result.number for result in done if _rows_of(units[result.number]) in again]
+    for number in dropped:
+        shutil.rmtree(work.unit_folder(folder, number))
     if done:
-        logger.info("%d of %d parts were finished before, %d are done again", len(done), units, len(done) - kept)
+        logger.info("%d of %d parts were finished before, %d are done again", len(done), len(units), len(dropped))
+
+
+def _rows_of(unit: Unit) -> Unit:
+    """A unit without the side of the split that it takes."""
+    return replace(unit, split="", heldout=None)
 
 
 def _identity(
@@ -434,13 +441,13 @@ def _check_share(
     if rejected:
         first = next(result.first_rejected for result in sorted(results, key=lambda r: r.number) if result.rejected)
         text += (
-            f"; the first, {first}\nAll are listed in {work.REJECTED_FILE} of the parts in "
-            f".{options.out.name}.importing/units"
+            f"; the first, {first}\nAll are listed in "
+            f"{options.out.with_name(f'.{options.out.name}.importing')}/units/*/{work.REJECTED_FILE}"
         )
     if repeats:
         advice = "" if options.ids == "position" else _OTHER_IDS
         text += f"; {len(repeats)} with an id that was used before, the first, {repeats[0]}{advice}"
-    text += ". Repair the source"
+    text += ". Repair the source and type the same command again"
     if bad < rows:
         text += f", or type the same command with --max-bad {math.ceil(100 * bad / rows) / 100:.2f} to leave them out"
     raise DataError(text)

@@ -46,7 +46,7 @@ class MediaFinder:
             folder: Folder of the row's file, tried before the roots.
 
         Raises:
-            DataError: Not found, outside the roots, on a network, not a regular file, or too large.
+            DataError: Not found, outside the roots, on a network, not a regular file, empty, or too large.
         """
         if isinstance(reference, Mapping):
             inline = reference.get("bytes")
@@ -65,7 +65,7 @@ class MediaFinder:
                 "file name in the row, and name the folder with --media-root"
             )
         if self.index is not None and (data := self.index.read(reference, folder, MAX_BYTES[kind])) is not None:
-            return data
+            return _capped(data, kind, reference)
         return self._read_file(reference, kind, folder)
 
     def _read_file(self, reference: str, kind: str, folder: Path) -> bytes:
@@ -141,5 +141,7 @@ def _capped(data: bytes, kind: str, name: str) -> bytes:
 
 
 def _check_size(size: int, kind: str, name: str) -> None:
+    if not size:
+        raise DataError(f"{kind} {name!r} is empty (0 bytes); copy it again")
     if size > MAX_BYTES[kind]:
         raise DataError(f"{kind} {name!r} has {size} bytes, more than the {MAX_BYTES[kind]} that are read")

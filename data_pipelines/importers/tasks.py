@@ -5,8 +5,10 @@ The paper turns captions, boxes, classes and time spans into questions and answe
 so the same data give the same texts.
 """
 
+import difflib
 import hashlib
 import json
+import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -15,18 +17,25 @@ from typing import Any
 
 from data_pipelines.exceptions import DataError
 from data_pipelines.importers.conversations import Draft, as_list
+from data_pipelines.media.kinds import suffix_kind
 from data_pipelines.schema import MEDIA_KINDS
 
 BOX_FORMATS = ("xyxy", "xywh")
 BOX_SCALE = 1000
 """Boxes are written in thousandths of the image's width and height, so they survive any resizing."""
 
+_ALIKE = 0.75
+"""Similarity of names (`difflib`) from which one may be a slip of the other."""
+
 ALIASES: dict[str, tuple[str, ...]] = {
     "image": (
         *("image", "images", "img", "file_name", "file_names", "filename", "image_name", "image_path", "image_file"),
         *("photo", "picture", "jpg", "jpeg", "png", "webp"),
     ),
-    "video": ("video", "videos", "video_path", "mp4", "webm", "mkv", "mov", "avi"),
+    "video": (
+        *("video", "videos", "video_path", "video_file_name", "video_name", "video_file"),
+        *("mp4", "webm", "mkv", "mov", "avi"),
+    ),
     "question": ("question", "questions", "query", "prompt", "instruction", "problem", "context"),
     "answer": ("answer", "answers", "response", "output", "solution", "completion"),
     "caption": ("caption", "captions", "description", "txt"),
@@ -39,7 +48,9 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "end": ("end", "end_time", "stop"),
     "segments": ("segments", "events", "timestamps"),
 }
-"""What each column may be called; `--column ROLE=NAME` says it outright."""
+"""What each column may be called, capitals ignored; `--column ROLE=NAME` says it outright."""
+_FILES = ("file", "file_path", "filepath")
+"""Columns that hold a medium only where their value has a medium's extension."""
 
 _PROMPTS = {
     "caption": ("Describe this {medium}.", "What does this {medium} show?", "Write a caption for this {medium}."),
@@ -77,6 +88,9 @@ class Columns:
 
     def __init__(self, values: Mapping[str, Any], options: ColumnOptions, key: str) -> None:
         self.values, self.options, self.key = values, options, key
+        self._spellings: dict[str, list[str]] = {}
+        for name in values:
+            self._spellings.setdefault(_plain_name(name), []).append(name)
 
     def has(self, role: str) -> bool:
         """Whether the row has a value for a role."""
@@ -90,6 +104,10 @@ class Columns:
         """
         name = self._find(role)
         if name is None:
+            if absent := self.absent():
+                raise DataError(absent)
+            if role in (guesses := self.guesses()):
+                raise DataError(f"no value for '{role}'{_did_you_mean(guesses)}")
             raise DataError(
                 f"no value for '{role}' (columns that may hold it: {', '.join(ALIASES[role][:4])}); the row has "
                 f"{', '.join(map(str, self.values))}: name it with --column {role}=COLUMN"
@@ -121,20 +139,74 @@ class Columns:
         return list(value)
 
     def _find(self, role: str) -> str | None:
-        names = (self.options.columns[role],) if role in self.options.columns else ALIASES[role]
-        return next((n for n in names if self.values.get(n) not in (None, "", [])), None)
+        return next((n for n in self._columns(role) if self.values[n] not in (None, "", [])), None)
 
     def named(self, role: str) -> str | None:
         """Column for a role, though it may be empty."""
-        names = (self.options.columns[role],) if role in self.options.columns else ALIASES[role]
-        return self._find(role) or next((n for n in names if n in self.values), None)
+        return self._find(role) or next(iter(self._columns(role)), None)
+
+    def _columns(self, role: str) -> list[str]:
+        """Columns of the row that may hold a role, the likeliest first."""
+        said = self.options.columns
+        if role not in MEDIA_KINDS:
+            return self._called(role)
+        # The names of the image role are also those of any file: its extension says what it is.
+        images = [name for name in self._called("image") if name != said.get("video")]
+        if role == "image":
+            return [name for name in images if not _all_videos(self.values[name])]
+        clips = [] if "video" in said else [name for name in images if _all_videos(self.values[name])]
+        return self._called("video") + clips
+
+    def _called(self, role: str) -> list[str]:
+        """Columns with one of a role's names, capitals ignored; the very name comes first."""
+        said = self.options.columns
+        names = (said[role],) if role in said else ALIASES[role]
+        found = (sorted(self._spellings.get(_plain_name(n), ()), key=lambda c, n=n: c != n) for n in names)
+        columns = [column for columns in found for column in columns]
+        if role == "image" and role not in said and "video" not in said and not columns:
+            files = (column for name in _FILES for column in self._spellings.get(name, ()))
+            columns = [c for c in files if isinstance(self.values[c], str) and suffix_kind(self.values[c])]
+        return columns
+
+    def absent(self) -> str:
+        """What is wrong with `--column` options that name no column of the row; empty when none does."""
+        wrong = [f"{role}={name}" for role, name in self.options.columns.items() if not self._called(role)]
+        if not wrong:
+            return ""
+        names = ", ".join(repr(option.partition("=")[2]) for option in wrong)
+        near = {role: close for role, name in self.options.columns.items() if (close := self._nearest(role, name))}
+        return (
+            f"--column {' --column '.join(wrong)}: there is no column {names}; the columns are "
+            f"{', '.join(map(str, self.values))}{_did_you_mean(near)}"
+        )
+
+    def _nearest(self, role: str, name: str) -> str:
+        """The column that an option meant which names none."""
+        if self._called(role):
+            return ""
+        close = difflib.get_close_matches(_plain_name(name), self._spellings, n=1, cutoff=_ALIKE)
+        return self._spellings[close[0]][0] if close else ""
+
+    def guesses(self) -> dict[str, str]:
+        """Columns with almost the name of a role that no other column holds."""
+        free = {role: names for role, names in ALIASES.items() if not self._columns(role)}
+        used = {name for role in ALIASES for name in self._columns(role)}
+        found: dict[str, str] = {}
+        for plain, (name, *_) in self._spellings.items():
+            # Short names are like many others.
+            names = {alias: role for role, aliases in free.items() for alias in aliases if len(alias) > 3}
+            close = difflib.get_close_matches(plain, names, n=1, cutoff=_ALIKE) if name not in used else []
+            if close:
+                found.setdefault(names[close[0]], name)
+        return found
 
     def media(self) -> list[dict[str, Any]]:
         """Every image and video of the row as content items, references still open."""
         items = []
         for kind in ("image", "video"):
             if self.has(kind):
-                items += [{"type": kind, "ref": reference} for reference in as_list(self.get(kind))]
+                references = as_list(self.get(kind))
+                items += [{"type": "video" if _is_video(r) else kind, "ref": r} for r in references]
         return items
 
     def prompt(self, task: str, **words: str) -> str:
@@ -145,6 +217,27 @@ class Columns:
 
     def _medium(self) -> str:
         return "video" if self.has("video") else "image"
+
+
+def _plain_name(name: str) -> str:
+    return str(name).strip().lower()
+
+
+def _did_you_mean(guesses: Mapping[str, str]) -> str:
+    options = (shlex.quote(f"{role}={name}") for role, name in guesses.items())
+    return f"; did you mean --column {' --column '.join(options)}?" if guesses else ""
+
+
+def _is_video(reference: Any) -> bool:
+    """Whether what a row says about a medium is the name of a video file."""
+    if isinstance(reference, Mapping):
+        reference = reference.get("path")
+    return isinstance(reference, str) and suffix_kind(reference) == "video"
+
+
+def _all_videos(value: Any) -> bool:
+    references = as_list(value)
+    return bool(references) and all(_is_video(reference) for reference in references)
 
 
 def _plain(value: Any) -> str:
@@ -309,9 +402,16 @@ def choose_task(row: Columns) -> str:
         if all(row.named(role) for role in roles):
             empty = ", ".join(repr(row.named(role)) for role in roles if not row.has(role))
             raise DataError(f"column {empty} is empty: fill it in, or leave the row out")
+    if absent := row.absent():
+        raise DataError(absent)
+    columns, guesses = ", ".join(map(str, row.values)), row.guesses()
+    for roles, _ in TASKS.values():
+        if all(row.has(role) or role in guesses for role in roles):
+            wanted = {role: name for role, name in guesses.items() if role in (*roles, *MEDIA_KINDS)}
+            raise DataError(f"columns {columns} fit no task{_did_you_mean(wanted)}")
     needed = "; ".join(f"{name}: {', '.join(roles)}" for name, (roles, _) in TASKS.items())
     raise DataError(
-        f"columns {', '.join(map(str, row.values))} fit no task ({needed}); name them with --column ROLE=COLUMN"
+        f"columns {columns} fit no task ({needed}){_did_you_mean(guesses)}; name them with --column ROLE=COLUMN"
     )
 
 

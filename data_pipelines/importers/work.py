@@ -107,10 +107,13 @@ def finished(folder: Path, number: int) -> UnitResult | None:
     return result if all((home / name).exists() for name in needed) else None
 
 
-def lacks_media(folder: Path, number: int) -> bool:
-    """Whether a finished unit rejected rows because of their media."""
+def media_to_blame(folder: Path, number: int) -> bool:
+    """Whether a finished unit rejected rows whose media may be at fault: missing, damaged, or of the wrong kind.
+
+    Rows that could not even be read are the table's fault, and a table that was mended is noticed by itself.
+    """
     with (unit_folder(folder, number) / REJECTED_FILE).open(encoding="utf-8") as file:
-        return any(json.loads(line)["reason"] == "media" for line in file)
+        return any(json.loads(line)["reason"] != "read" for line in file)
 
 
 class Worker:
@@ -165,7 +168,7 @@ class Worker:
         self, unit: Unit, rejected: list[Rejected], places: list[str]
     ) -> Iterator[tuple[dict[str, Any], dict[str, bytes], dict[str, Any]]]:
         for row in self.reader.rows(self.options.source, unit):
-            # Of the two units that share these rows one tells of the bad ones.
+            # Of the two units that share these rows one tells of those that are no sample, so are on no side.
             bad = [] if unit.heldout else rejected
             if isinstance(row, Rejected):
                 bad.append(row)
@@ -174,6 +177,7 @@ class Worker:
                 record, media = self.converter.sample(row)
                 if unit.heldout is not None and held_out(record, media, self.options.heldout) != unit.heldout:
                     continue
+                bad = rejected
                 described = self._describe(record, media)
             except _DEFECTS as error:
                 bad.append(_rejected(row, self.converter.key(row), error))

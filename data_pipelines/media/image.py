@@ -52,7 +52,7 @@ def decode_image(data: bytes) -> torch.Tensor:
     EXIF rotation is applied; transparency is laid over white; CMYK, palette and 16-bit images are converted.
 
     Raises:
-        DataError: Wrong kind of file, too large, truncated or damaged.
+        DataError: Empty, wrong kind of file, too large, truncated or damaged.
     """
     image = open_image(data)
     turn = _UPRIGHT.get(_orientation(image))
@@ -101,8 +101,10 @@ def open_image(data: bytes) -> Image.Image:
     """Open an image of an accepted kind and size; nothing is decoded yet.
 
     Raises:
-        DataError: Wrong kind of file, too large, animated, or a header that cannot be read.
+        DataError: Empty, wrong kind of file, too large, animated, or a header that cannot be read.
     """
+    if not data:
+        raise DataError("image file is empty (0 bytes)")
     if len(data) > MAX_IMAGE_BYTES:
         raise DataError(f"image file of {len(data)} bytes is larger than {MAX_IMAGE_BYTES} bytes")
     # A switch of the whole process, which other libraries turn on: half a picture would be trained on as grey.

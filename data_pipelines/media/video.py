@@ -131,6 +131,8 @@ def _stamps(data: bytes, frames: int | None) -> list[int]:
 def _container(data: bytes) -> Any:
     import av
 
+    if not data:
+        raise DataError("video file is empty (0 bytes)")
     if len(data) > MAX_VIDEO_BYTES:
         raise DataError(f"video file of {len(data)} bytes is larger than {MAX_VIDEO_BYTES} bytes; cut it")
     try:

@@ -108,8 +108,12 @@ def test_other_tokenizer_rules_or_version_are_refused(mixed_folder, other_tokeni
         Dataset.open(mixed_folder, "train", rules=other)
     with pytest.raises(DataError, match="no split 'dev'; it has train"):
         Dataset.open(mixed_folder, "dev")
-    with pytest.raises(DataError, match="no dataset at"):
-        Dataset.open(mixed_folder / "nowhere", "train")
+    nowhere = mixed_folder / "nowhere"
+    with pytest.raises(DataError, match=rf"no dataset folder there; make it with nemovl data import .* {nowhere} "):
+        Dataset.open(nowhere, "train")
+    nowhere.mkdir()
+    with pytest.raises(DataError, match=rf"not a dataset folder yet; .* nemovl data import {nowhere} --out DATASET"):
+        Dataset.open(nowhere, "train")
 
 
 def test_a_changed_or_missing_manifest_is_refused(tmp_path, write, mixed_samples):

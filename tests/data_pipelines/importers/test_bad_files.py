@@ -54,7 +54,7 @@ def zoo(tmp_path, picture, clip):
     frames = [Image.new("RGB", (8, 8), (c, 0, 0)) for c in (0, 200)]
     video = clip(40)
     media = {
-        "empty.png": (b"", "not a readable image"),
+        "empty.png": (b"", "image 'empty.png' is empty (0 bytes)"),
         "text.jpg": (b"hello", "not a readable image"),
         "bomb.png": (png_bomb(13000), "13000x13000 pixels is larger"),
         "gif.png": (encoded(frames[0], "GIF"), "not a readable image"),
@@ -70,7 +70,7 @@ def zoo(tmp_path, picture, clip):
         ),
         "concat.mp4": (b"ffconcat version 1.0\nfile /etc/hostname\n", "cannot be opened"),
         "photo.mp4": (photo, "video cannot be opened"),
-        "none.mp4": (b"", "video cannot be opened"),
+        "none.mp4": (b"", "video 'none.mp4' is empty (0 bytes)"),
     }
     folder = tmp_path / "zoo"
     folder.mkdir()

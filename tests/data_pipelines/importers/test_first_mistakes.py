@@ -1,6 +1,7 @@
 """What somebody new gets wrong with a folder or table of their own, and what the import says to it."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -180,3 +181,51 @@ def test_conversations_with_tools_from_three_shapes(tmp_path, lines, bring, impo
     broken = {**openai, "messages": [*openai["messages"][:1], {"role": "tool", "content": "3"}, openai["messages"][3]]}
     with pytest.raises(DataError, match="answers no call"):
         bring(lines(tmp_path / "broken.jsonl", [broken]), tmp_path / "broken")
+
+
+@pytest.mark.parametrize("columns", [{}, {"video": "file_name"}])
+def test_a_folder_of_clips(tmp_path, lines, bring, imported, clip, columns):
+    source = tmp_path / "clips"
+    lines(source / "metadata.jsonl", [{"file_name": "c.mp4", "question": "q?", "answer": "a"}])
+    (source / "c.mp4").write_bytes(clip())
+    assert bring(source, allow_text=False, columns=columns)["format"] == "folder"
+    assert imported()[0][0]["messages"][0]["content"][0]["type"] == "video"
+
+
+def test_two_kinds_of_metadata_are_refused_by_name(photos, lines, bring, tmp_path):
+    lines(photos / "metadata.jsonl", rows())
+    (photos / "metadata.csv").write_text("image,question,answer\np0.jpg,q,a\n")
+    with pytest.raises(
+        DataError, match=r"metadata.jsonl and .*metadata.csv both .* import .*photos/metadata.csv --out"
+    ):
+        bring(photos)
+    assert not (tmp_path / "imported").exists()
+    assert bring(photos / "metadata.csv", tmp_path / "one")["rows"] == 1
+    (photos / "metadata.csv").rename(photos / "old.csv")
+    assert bring(photos)["rows"] == 4
+
+
+def test_an_option_that_names_no_column_of_a_table(photos, bring):
+    (photos / "metadata.csv").write_text("File,Question,Answer\np0.jpg,q,a\n")
+    with pytest.raises(DataError, match=r"--column image=foto: there is no column 'foto'; the columns are File, Que"):
+        bring(photos, allow_text=False, columns={"image": "foto"})
+    assert bring(photos, allow_text=False)["splits"]["train"]["tiles"] == 1
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_a_medium_without_bytes_is_called_empty(kind):
+    from data_pipelines.media.image import image_size
+    from data_pipelines.media.video import probe
+
+    with pytest.raises(DataError, match=rf"^{kind} file is empty \(0 bytes\)$"):
+        (image_size if kind == "image" else probe)(b"")
+
+
+def test_the_list_of_rejected_rows_is_where_the_error_says(photos, lines, bring):
+    (photos / "p1.jpg").write_bytes(b"")
+    lines(photos / "metadata.jsonl", rows())
+    with pytest.raises(DataError, match=r"All are listed in \S+/units/\*/rejected.jsonl\.") as caught:
+        bring(photos)
+    folder, _, pattern = str(caught.value).partition("listed in ")[2].partition(". Repair")[0].partition("/units/")
+    (listed,) = Path(folder).glob(f"units/{pattern}")
+    assert json.loads(listed.read_text())["message"] == "image 'p1.jpg' is empty (0 bytes); copy it again"

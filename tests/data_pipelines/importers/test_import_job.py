@@ -176,6 +176,20 @@ def test_missing_media_that_were_brought_are_found(tmp_path, source, bring, monk
     assert ran == [0, 4, 8]
 
 
+@pytest.mark.parametrize("bad", [b"", b"no picture", "half"])
+@pytest.mark.parametrize("heldout", [0.0, 0.5])
+def test_media_that_were_mended_are_read_again(tmp_path, bring, lines, picture, bad, heldout):
+    source, good = tmp_path / "photos", [picture(60, 60, "JPEG", seed=i) for i in range(8)]
+    lines(source / "metadata.jsonl", [{"file_name": f"{i}.jpg", "question": "q", "answer": "a"} for i in range(8)])
+    for i, data in enumerate(good):
+        (source / f"{i}.jpg").write_bytes(data if i % 2 else data[:100] if bad == "half" else bad)
+    with pytest.raises(DataError, match=r"4 of 8 rows(?s:.*)Repair the source and type the same command again"):
+        bring(source, heldout=heldout)
+    for i, data in enumerate(good):
+        (source / f"{i}.jpg").write_bytes(data)
+    assert sum(split["samples"] for split in bring(source, heldout=heldout)["splits"].values()) == 8
+
+
 def test_restart_does_all_again(tmp_path, source, bring, monkeypatch):
     run, ran = work.Worker.run, []
     monkeypatch.setattr(work.Worker, "run", lambda self, number, *rest: ran.append(number) or run(self, number, *rest))

@@ -118,3 +118,53 @@ def test_task_follows_from_columns():
     assert chosen("image", "question", "answer", "caption") == "vqa"
     assert chosen("image", "bbox", "phrase") == "grounding"
     assert chosen("video", "start_time", "end_time", "query") == "temporal"
+
+
+def test_a_file_is_a_video_where_its_extension_says_so():
+    asked = {"question": "q", "answer": "a"}
+    for suffix in ("mp4", "MOV", "mkv", "webm", "avi"):
+        for column in ("file_name", "image", "video_file_name"):
+            assert media({column: f"c.{suffix}", **asked}) == [("video", f"c.{suffix}")]
+    assert media({"file_name": "c.jpg", **asked}) == [("image", "c.jpg")]
+    assert media({"images": ["c.mp4", "c.jpg"], **asked}) == [("video", "c.mp4"), ("image", "c.jpg")]
+    assert media({"file_name": "c.mp4", "video": "d.mp4", **asked}) == [("video", "d.mp4")]
+    assert "video" in pairs({"file_name": "c.mp4", "caption": "c"})[0][0]
+    assert pairs({"file_name": "c.mp4", "query": "q", "start": 1, "end": 2})[0][1] == "From 1.0 to 2.0 seconds."
+
+
+def test_a_column_named_for_videos_holds_no_image():
+    options = ColumnOptions(columns={"video": "file_name"})
+    draft = draft_of_columns({"file_name": "c.bin", "question": "q", "answer": "a"}, options, "key", lambda _: (8, 8))
+    assert [(i["type"], i.get("ref")) for i in draft.messages[0]["content"][:-1]] == [("video", "c.bin")]
+
+
+def test_capitals_in_names_do_not_matter():
+    assert media({"File": "c.png", "Question": "q", "Answer": "a"}) == [("image", "c.png")]
+    assert media({"FILE": "c.mp4", "question": "q", "answer": "a"}) == [("video", "c.mp4")]
+    assert pairs({"Question": "Q", "question": "q", "ANSWER": "a"}) == [("q", "a")]
+    assert pairs({"Frage": "q", "answer": "a"}, columns={"question": "frage"}) == [("q", "a")]
+    text = draft_of_columns({"file": "a.py", "question": "q", "answer": "a"}, ColumnOptions(columns={}), "k", None)
+    assert [item["type"] for item in text.messages[0]["content"]] == ["text"]
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "reason"),
+    [
+        ({"image": "a.png", "qestion": "q", "answr": "a"}, {},
+         r"did you mean --column question=qestion --column answer=answr\?$"),
+        ({"image": "a.png", "question": "q", "The Anwser": 1, "anser": "a"}, {}, r"mean --column answer=anser\?$"),
+        ({"imgae": "a.png", "Captoin": "q"}, {}, r"did you mean --column image=imgae --column caption=Captoin\?$"),
+        ({"image": "a.png", "my qestion": "q", "answer": "a"}, {"columns": {"question": "my question"}},
+         r"no column 'my question'; the columns are image, my qestion, answer; did you mean --column "
+         r"'question=my qestion'\?$"),
+        ({"image": "a.png", "question": "q", "answer": "a"}, {"columns": {"answer": "anwser"}},
+         r"^--column answer=anwser: there is no column 'anwser'; the columns are image, question, answer; did you "
+         r"mean --column answer=answer\?$"),
+        ({"image": "a.png", "question": "q", "answer": "a"}, {"columns": {"answer": "xyz"}, "task": "vqa"},
+         "^--column answer=xyz: there is no column 'xyz'; the columns are image, question, answer$"),
+        ({"question": "q", "answr": "a"}, {"task": "vqa"}, r"'answer'; did you mean --column answer=answr"),
+    ],
+)  # fmt: skip
+def test_a_slip_in_a_name_comes_with_the_options_to_type(row, options, reason):
+    with pytest.raises(DataError, match=reason):
+        pairs(row, **options)
