@@ -207,8 +207,8 @@ def test_two_kinds_of_metadata_are_refused_by_name(photos, lines, bring, tmp_pat
 
 def test_an_option_that_names_no_column_of_a_table(photos, bring):
     (photos / "metadata.csv").write_text("File,Question,Answer\np0.jpg,q,a\n")
-    with pytest.raises(DataError, match=r"--column image=foto: there is no column 'foto'; the columns are File, Que"):
-        bring(photos, allow_text=False, columns={"image": "foto"})
+    with pytest.raises(DataError, match=r"--column image=phot0: there is no column 'phot0'; the columns are File, Que"):
+        bring(photos, allow_text=False, columns={"image": "phot0"})
     assert bring(photos, allow_text=False)["splits"]["train"]["tiles"] == 1
 
 

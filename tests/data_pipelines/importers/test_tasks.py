@@ -150,15 +150,15 @@ def test_capitals_in_names_do_not_matter():
 @pytest.mark.parametrize(
     ("row", "options", "reason"),
     [
-        ({"image": "a.png", "qestion": "q", "answr": "a"}, {},
-         r"did you mean --column question=qestion --column answer=answr\?$"),
-        ({"image": "a.png", "question": "q", "The Anwser": 1, "anser": "a"}, {}, r"mean --column answer=anser\?$"),
+        ({"image": "a.png", "questtion": "q", "answr": "a"}, {},
+         r"did you mean --column question=questtion --column answer=answr\?$"),
+        ({"image": "a.png", "question": "q", "The Answerr": 1, "answerx": "a"}, {}, r"mean --column answer=answerx\?$"),
         ({"imgae": "a.png", "Captoin": "q"}, {}, r"did you mean --column image=imgae --column caption=Captoin\?$"),
-        ({"image": "a.png", "my qestion": "q", "answer": "a"}, {"columns": {"question": "my question"}},
-         r"no column 'my question'; the columns are image, my qestion, answer; did you mean --column "
-         r"'question=my qestion'\?$"),
-        ({"image": "a.png", "question": "q", "answer": "a"}, {"columns": {"answer": "anwser"}},
-         r"^--column answer=anwser: there is no column 'anwser'; the columns are image, question, answer; did you "
+        ({"image": "a.png", "my questtion": "q", "answer": "a"}, {"columns": {"question": "my question"}},
+         r"no column 'my question'; the columns are image, my questtion, answer; did you mean --column "
+         r"'question=my questtion'\?$"),
+        ({"image": "a.png", "question": "q", "answer": "a"}, {"columns": {"answer": "answre"}},
+         r"^--column answer=answre: there is no column 'answre'; the columns are image, question, answer; did you "
          r"mean --column answer=answer\?$"),
         ({"image": "a.png", "question": "q", "answer": "a"}, {"columns": {"answer": "xyz"}, "task": "vqa"},
          "^--column answer=xyz: there is no column 'xyz'; the columns are image, question, answer$"),
