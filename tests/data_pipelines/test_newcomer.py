@@ -107,9 +107,9 @@ def test_bad_samples_are_set_aside_and_come_back(say, photos, rules, tmp_path):
     (photos / "p06.jpg").write_bytes(b"")
     code, out, _ = say("data", "import", "photos", "--out", "ds", *rules)
     assert code == 0
-    assert "left out (record): 1" in out
+    assert "left out (media): 1" in out
     code, out, _ = say("data", "quarantine", "list", "ds")
-    assert "not imported: train/metadata.jsonl-0000006: record: " in out
+    assert "not imported: train/metadata.jsonl-0000006: media: " in out
     code, out, _ = say("data", "validate", "ds", "--json")
     report = json.loads(out)
     assert code == 1

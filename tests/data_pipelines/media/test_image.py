@@ -94,8 +94,9 @@ def test_truncated_is_refused_not_filled_in(picture, kind):
 
 
 def test_other_files_and_bombs_are_refused(picture, monkeypatch):
+    with pytest.raises(DataError, match=r"is empty \(0 bytes\)"):
+        image_size(b"")
     for data in (
-        b"",
         b"not an image",
         encoded(Image.new("RGB", (4, 4)), "BMP"),
         encoded(Image.new("RGB", (4, 4)), "TIFF"),
