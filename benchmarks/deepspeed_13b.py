@@ -21,7 +21,6 @@ import statistics
 import sys
 import threading
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +213,8 @@ def main() -> None:
 
 def put_together(args: argparse.Namespace) -> None:
     """One file of what the ranks wrote."""
+    from versions import versions
+
     parts = [part for rank in range(args.processes) if (part := part_of(args, rank)).exists()]
     if not parts:
         return
@@ -221,7 +222,7 @@ def put_together(args: argparse.Namespace) -> None:
         "case": "deepspeed_13b",
         "date": time.strftime("%Y-%m-%d"),
         "command": " ".join(["python", *sys.argv]),
-        "versions": {name: _version(name) for name in ("torch", "deepspeed", "megatron-core", "transformer-engine")},
+        "versions": versions(("torch", "deepspeed", "megatron-core", "transformer-engine")),
         "ranks": [json.loads(part.read_text()) for part in parts],
     }
     args.out.write_text(json.dumps(result, indent=1))
@@ -241,13 +242,6 @@ def _free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 if __name__ == "__main__":

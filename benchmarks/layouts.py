@@ -23,8 +23,9 @@ import re
 import subprocess
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from versions import versions
 
 PACKS_PER_STEP = 8
 LEARNING_RATE = 1e-4
@@ -129,7 +130,7 @@ def write(rows: dict[str, dict], args: argparse.Namespace) -> None:
         "case": "layouts",
         "date": time.strftime("%Y-%m-%d"),
         "command": f"python benchmarks/layouts.py --processes {processes}{options} --layouts " + " ".join(args.layouts),
-        "versions": {name: _version(name) for name in ("torch", "megatron-core", "transformer-engine", "mamba-ssm")},
+        "versions": versions(),
         "processes": processes,
         "reference": args.layouts[0],
         "bounds": bounds,
@@ -209,13 +210,6 @@ def model_and_shapes(*, small: bool):
         tokens=TokenIds(image=16000, image_start=16001, image_end=16002, video=16009),
     )
     return config, {"lengths": (700, 33, 1300), "tiles": (2, 0, 4), "seq_length": 2048}
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 if __name__ == "__main__":

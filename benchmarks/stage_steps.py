@@ -26,9 +26,10 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from versions import versions
 
 HERE = Path(__file__).resolve().parent
 GIB = 2**30
@@ -89,7 +90,7 @@ def main() -> None:
         "date": time.strftime("%Y-%m-%d"),
         "command": " ".join(["python", *sys.argv]),
         "device": f"{args.gpus} x {device(args)}",
-        "versions": {name: installed(name) for name in ("torch", "megatron-core", "transformer-engine", "mamba-ssm")},
+        "versions": versions(),
     }
     try:
         result |= {"data_seconds": round(make_data(chosen, args), 1), "rows": []}
@@ -293,14 +294,6 @@ def device(args: argparse.Namespace) -> str:
         return "CPU"
     line = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     return subprocess.run(line, capture_output=True, text=True, check=True).stdout.splitlines()[0]
-
-
-def installed(package: str) -> str:
-    """Version of a package."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 if __name__ == "__main__":

@@ -26,11 +26,11 @@ import sys
 import time
 import traceback
 from dataclasses import asdict, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from ranks import rank_parser, start_ranks
+from versions import versions
 
 PEAK_FLOPS = 989e12
 STALL_SECONDS = 240
@@ -90,7 +90,7 @@ def run_rank(cases: list, args: argparse.Namespace) -> None:
         "date": time.strftime("%Y-%m-%d"),
         "command": " ".join(["python", *sys.argv[: sys.argv.index("--store")]]),
         "device": torch.cuda.get_device_name() if cuda else "CPU",
-        "versions": {name: _version(name) for name in ("torch", "megatron-core", "transformer-engine", "mamba-ssm")},
+        "versions": versions(),
         "rows": [],
     }
     for case in cases:
@@ -300,13 +300,6 @@ def _now(cuda: bool) -> float:
 
 def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 if __name__ == "__main__":
