@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from versions import versions
 
 from nemovl_train.checkpoint.retention import Keep
 from nemovl_train.checkpoint.saving import Saver
@@ -202,8 +203,10 @@ def main() -> None:
     print(f"built in {time.perf_counter() - began:.0f} s: {bench.optimizers.num_parameters():,} parameters", flush=True)
     bench.run("none", args.warm)
     result = {
+        "date": time.strftime("%Y-%m-%d"),
+        "command": f"python benchmarks/async_save.py --size {args.size} --steps {args.steps} --every {args.every}",
+        "versions": versions(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
-        "torch": torch.__version__,
         "parameters": bench.optimizers.num_parameters(),
         "dtype": str(bench.dtype),
         "tokens_of_a_step": sum(len(pack.input_ids) for pack in bench.packs),
